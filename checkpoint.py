@@ -1,0 +1,377 @@
+"""Atomic, verified, pickle-free checkpoints: safetensors and JSON files under a manifest of their SHA-256.
+
+A directory `step_XXXXXXXX` exists only when it is whole: every file is written and synced under a temporary name, the
+manifest last, then the directory is renamed. Bytes depend on the content alone. This module knows names and tensors,
+not the model; reading also takes Hugging Face model directories, which have no manifest.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from config import UserError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+MAX_SHARD_BYTES = 5 * 10**9
+# A hostile file must not make us allocate: DeepSeek-V3's own index has 9 MB, the header of one of its shards 0.1 MB.
+MAX_JSON_BYTES = 64 * 2**20
+MAX_HEADER_BYTES = 10 * 10**6
+
+STEP = re.compile(r"step_(\d{8})")
+# .tmp-: a save that died. .old-: moved aside for a new directory of the same step. .trash-: a deletion that died.
+LEFTOVER = re.compile(r"step_(\d{8})\.(tmp|old|trash)-[0-9a-f]{8}")
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or not what it says; the message names the file and the reason."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- save
+
+
+def save(
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    files: Mapping[str, bytes],
+    *,
+    keep: int,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write `root/step_XXXXXXXX`, then delete all but the newest `keep`; return its path.
+
+    `tensors` holds a mapping of tensors per group ("model", "optimizer"), on any device, views and copies welcome;
+    `files` are written as they are. A directory of this step that holds the same bytes already is left alone.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    final = root / f"step_{step:08d}"
+    _sweep(root, "tmp", "trash")  # before writing: a save that died may have filled the disk
+    temporary = _aside(final, "tmp")
+    temporary.mkdir()
+    try:
+        entries = write(temporary, tensors, files, max_shard_bytes=max_shard_bytes)
+        manifest = _json_bytes({"schema": SCHEMA, "step": step, "files": dict(sorted(entries.items()))})
+        _write_file(temporary / MANIFEST, [manifest])
+        _sync_directory(temporary)
+        if not _holds(final, manifest):
+            if final.exists():
+                os.rename(final, _aside(final, "old"))  # `latest` still finds it should we die before the next line
+            os.rename(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # nothing there after the rename
+    _sync_directory(root)
+    _sync_directory(root.parent)
+    prune(root, keep, never=final)
+    return final
+
+
+def write(
+    directory: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    files: Mapping[str, bytes],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Write and sync groups and files into an empty directory; return {file name: {"bytes", "sha256"}}.
+
+    `dtypes` names tensors to be stored in another dtype. One tensor at a time is copied to the CPU.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    for group, state in tensors.items():
+        entries |= _write_group(directory, group, state, dtypes or {}, max_shard_bytes)
+    for name, content in files.items():
+        if not FILE_NAME.fullmatch(name) or name == MANIFEST or name in entries:
+            raise ValueError(f"{name!r} cannot be a file of a checkpoint")
+        entries[name] = _write_file(directory / name, [content])
+    return entries
+
+
+def prune(root: Path, keep: int, *, never: Path | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints, and what dead saves and deletions left; `never` stays.
+
+    A failure is logged, not raised: the next save tries again, and training need not stop for it.
+    """
+    for path in _checkpoints(root)[keep:]:
+        if path != never:
+            try:
+                os.rename(path, _aside(path, "trash"))  # one step: a half deleted directory never looks like a whole
+            except OSError as error:
+                log.warning("cannot delete checkpoint %s: %s", path, error)
+    _sweep(root, "tmp", "trash", "old")
+
+
+def _write_group(
+    directory: Path, group: str, state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], max_bytes: int
+) -> dict[str, dict[str, Any]]:
+    """Write `group.safetensors`, or shards of at most `max_bytes` with an index, in Hugging Face's naming."""
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name in sorted(state):
+        num_bytes = state[name].numel() * dtypes.get(name, state[name].dtype).itemsize
+        if shards[-1] and size + num_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += num_bytes
+        total += num_bytes
+    if len(shards) == 1:
+        file = f"{group}.safetensors"
+        return {file: _write_safetensors(directory / file, state, shards[0], dtypes)}
+    entries, weight_map = {}, {}
+    for i, names in enumerate(shards, 1):
+        file = f"{group}-{i:05d}-of-{len(shards):05d}.safetensors"
+        entries[file] = _write_safetensors(directory / file, state, names, dtypes)
+        weight_map |= dict.fromkeys(names, file)
+    index = f"{group}.safetensors.index.json"
+    content = _json_bytes({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    return entries | {index: _write_file(directory / index, [content])}
+
+
+def _write_safetensors(
+    path: Path, state: Mapping[str, Tensor], names: Iterable[str], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Any]:
+    """Stream one file. Ours instead of `safetensors.torch.save_file`, which wants the whole file in CPU memory without
+    shared storage (our experts are views, the MTP copies the same tensor), and cannot hash while it writes.
+
+    Format: length of the header (8 bytes, little endian), JSON header padded to 8 bytes, the tensors without gaps.
+    """
+    stored = {name: dtypes.get(name, state[name].dtype) for name in names}
+    order = sorted(stored, key=lambda name: (-stored[name].itemsize, name))  # widest first keeps all of them aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        dtype, shape = SAFETENSORS_DTYPES[stored[name]], list(state[name].shape)
+        end = offset + state[name].numel() * stored[name].itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    contents = (_tensor_bytes(state[name], stored[name]) for name in order)
+    return _write_file(path, itertools.chain([len(head).to_bytes(8, "little"), head], contents))
+
+
+def _tensor_bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
+    return tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with open(path, "xb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def _sync_directory(path: Path) -> None:
+    """Make names in a directory durable. Windows cannot open one; some network file systems refuse to sync it."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _holds(path: Path, manifest: bytes) -> bool:
+    """Whether `path` is an intact checkpoint with this very manifest."""
+    try:
+        return (path / MANIFEST).read_bytes() == manifest and bool(verify(path))
+    except (OSError, CheckpointError):
+        return False
+
+
+def _aside(path: Path, kind: str) -> Path:
+    return path.with_name(f"{path.name[:13]}.{kind}-{secrets.token_hex(4)}")
+
+
+def _sweep(root: Path, *kinds: str) -> None:
+    for path in root.iterdir():
+        match = LEFTOVER.fullmatch(path.name)
+        if match and match[2] in kinds:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _json_bytes(value: object) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------- find
+
+
+def find(path: Path | str) -> Path:
+    """The model directory a user means: a checkpoint, a Hugging Face model directory, or a run (its newest checkpoint).
+
+    Raises UserError when there is none, CheckpointError when a checkpoint is damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; give a run, a checkpoint or a Hugging Face model directory")
+    if (path / MANIFEST).is_file():
+        verify(path)
+        return path
+    if any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        return path
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if newest := latest(root):
+        return newest
+    damaged = len(_checkpoints(root))
+    raise UserError(
+        f"{path}: {damaged} checkpoints, all of them damaged"
+        if damaged
+        else f"{path}: no model here; looked for model.safetensors, model.safetensors.index.json and checkpoints/step_*/"
+    )
+
+
+def latest(root: Path) -> Path | None:
+    """The newest intact checkpoint in `root`. Damaged ones are skipped with a logged warning; nothing is changed."""
+    for path in _checkpoints(root, moved_aside=True):
+        try:
+            verify(path)
+            return path
+        except CheckpointError as error:
+            log.warning("skipping a damaged checkpoint: %s", error)
+    return None
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check a checkpoint's files against its manifest and return it; CheckpointError names what is damaged and how."""
+    manifest = read_json(path / MANIFEST)
+    files = manifest.get("files")
+    if manifest.get("schema") != SCHEMA or not isinstance(manifest.get("step"), int) or not isinstance(files, dict):
+        raise CheckpointError(f"{path / MANIFEST}: not a manifest of schema {SCHEMA}")
+    if _json_bytes(manifest) != (path / MANIFEST).read_bytes():
+        raise CheckpointError(f"{path / MANIFEST}: damaged, not the bytes that were written")
+    name = STEP.match(path.name)
+    if name and int(name[1]) != manifest["step"]:
+        raise CheckpointError(f"{path / MANIFEST}: says step {manifest['step']}")
+    for file, entry in files.items():
+        if not FILE_NAME.fullmatch(file) or not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
+            raise CheckpointError(f"{path / MANIFEST}: bad entry {file!r}")
+        _verify_file(path / file, entry)
+    for stray in path.glob("*.safetensors*"):  # would shadow a file that was checked
+        if stray.name not in files:
+            raise CheckpointError(f"{stray}: not in the manifest")
+    return manifest
+
+
+def _verify_file(path: Path, entry: Mapping[str, Any]) -> None:
+    try:
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry['bytes']}")
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    if digest.hexdigest() != entry["sha256"]:
+        raise CheckpointError(f"{path}: damaged, its SHA-256 is not the manifest's")
+
+
+def _checkpoints(root: Path, *, moved_aside: bool = False) -> list[Path]:
+    """Directories of checkpoints, newest first; what was moved aside for the same step comes after it."""
+    found: list[tuple[int, bool, str]] = []
+    for path in root.iterdir() if root.is_dir() else ():
+        whole, left = STEP.fullmatch(path.name), LEFTOVER.fullmatch(path.name)
+        if whole and path.is_dir():
+            found.append((int(whole[1]), True, path.name))
+        elif left and left[2] == "old" and moved_aside:
+            found.append((int(left[1]), False, path.name))
+    return [root / name for *_, name in sorted(found, reverse=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- load
+
+
+def load(path: Path, group: str = "model") -> dict[str, Tensor]:
+    """The tensors of a group, on the CPU. They are mapped from the files: copy them before the directory goes."""
+    state: dict[str, Tensor] = {}
+    for file, names in _shards(path, group).items():
+        with _open(file) as handle:
+            state |= {name: handle.get_tensor(name) for name in names or handle.keys()}
+    return state
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size; CheckpointError names the file and what is wrong with it."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+        if len(content) > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
+        value = json.loads(content)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return value
+
+
+def _shards(path: Path, group: str) -> dict[Path, list[str] | None]:
+    """The files of a group and which tensors to take from each; None: all."""
+    single, index = path / f"{group}.safetensors", path / f"{group}.safetensors.index.json"
+    if single.is_file():
+        return {single: None}
+    if not index.is_file():
+        raise CheckpointError(f"{path}: neither {single.name} nor {index.name}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map")
+    for file in weight_map.values():
+        if not isinstance(file, str) or not FILE_NAME.fullmatch(file):
+            raise CheckpointError(f"{index}: {file!r} is not the plain name of a file")
+    files = sorted(set(weight_map.values()))
+    return {path / file: [name for name in weight_map if weight_map[name] == file] for file in files}
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """A safetensors file, its header bounded before it is parsed; errors become CheckpointError."""
+    try:
+        with open(path, "rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path}: a header of {header_bytes} bytes, at most {MAX_HEADER_BYTES} are read")
+        with safe_open(path, framework="pt") as handle:
+            yield handle
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}") from None

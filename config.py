@@ -1,0 +1,367 @@
+"""The run's configuration: frozen pydantic models, YAML presets and dotted overrides. No torch here.
+
+`load("quickstart", ["train.steps=10"])` returns a `Config` that nothing changes afterwards. A mistake raises
+`UserError` with one line: where, what was given, what is allowed, the nearest valid key. The programs turn it into exit
+code 2. How keys are read and explained is in `options.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from options import Reader, Schema, Section, UserError, dump, shown
+
+__all__ = ["Config", "ModelConfig", "SourceConfig", "UserError", "YarnConfig", "describe", "load", "to_yaml"]
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+
+
+class YarnConfig(Section):
+    """YaRN context extension (arXiv 2309.00071); DeepSeek-V3 pre-trains without it."""
+
+    type: Literal["yarn"] = Field(default="yarn", description="the kind of extension")
+    factor: float = Field(gt=1, description="context length / original context length")
+    original_max_position_embeddings: int = Field(
+        default=4096, ge=1, description="context length before extension, tokens"
+    )
+    beta_fast: float = Field(default=32, gt=0, description="rotations above which a frequency is kept")
+    beta_slow: float = Field(default=1, gt=0, description="rotations below which a frequency is interpolated")
+    mscale: float = Field(default=1.0, ge=0, description="scale of cos and sin, over that of mscale_all_dim")
+    mscale_all_dim: float = Field(default=1.0, ge=0, description="scale of the attention logits, squared")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> YarnConfig:
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(
+                f"model.rope_scaling.beta_fast = {self.beta_fast} must be above "
+                f"model.rope_scaling.beta_slow = {self.beta_slow}"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """The architecture, under the names of a DeepSeek-V3 `config.json`."""
+
+    vocab_size: int = Field(default=50304, ge=2, description="rows of the embedding and the head")
+    hidden_size: int = Field(default=768, ge=1, description="width of the residual stream")
+    num_hidden_layers: int = Field(default=12, ge=1, description="blocks, without the MTP layers")
+    num_attention_heads: int = Field(default=8, ge=1, description="attention heads")
+    q_lora_rank: int | None = Field(default=512, ge=1, description="width of the query latent; null: no query latent")
+    kv_lora_rank: int = Field(default=256, ge=1, description="width of the key-value latent, what the cache holds")
+    qk_nope_head_dim: int = Field(default=64, ge=1, description="query and key width without position, per head")
+    qk_rope_head_dim: int = Field(
+        default=64, ge=2, multiple_of=2, description="query and key width with rotary position"
+    )
+    v_head_dim: int = Field(default=128, ge=1, description="value width per head")
+    intermediate_size: int = Field(default=1792, ge=1, description="width of a dense SwiGLU")
+    moe_intermediate_size: int = Field(default=256, ge=1, description="width of one expert's SwiGLU")
+    n_routed_experts: int = Field(default=64, ge=1, description="routed experts per layer")
+    n_shared_experts: int = Field(default=1, ge=1, description="shared experts per layer, built as one wide SwiGLU")
+    num_experts_per_tok: int = Field(default=6, ge=1, description="routed experts chosen per token")
+    first_k_dense_replace: int = Field(
+        default=1, ge=0, description="first layers with a dense SwiGLU instead of experts"
+    )
+    n_group: int = Field(default=1, ge=1, description="groups of experts for group-limited routing")
+    topk_group: int = Field(default=1, ge=1, description="groups a token may choose from")
+    norm_topk_prob: bool = Field(default=True, description="normalise the chosen experts' weights to sum 1")
+    routed_scaling_factor: float = Field(default=2.446, gt=0, description="factor on the routed experts' weights")
+    num_nextn_predict_layers: int = Field(default=1, ge=0, le=8, description="multi-token-prediction depth; 0: none")
+    rms_norm_eps: float = Field(
+        default=1e-6, gt=0, description="epsilon of the norms (transformers and vLLM agree at 1e-6 only)"
+    )
+    max_position_embeddings: int = Field(
+        default=4096, ge=1, description="longest context the checkpoint promises, tokens"
+    )
+    rope_theta: float = Field(default=10000.0, gt=0, description="base of the rotary frequencies")
+    rope_scaling: YarnConfig | None = Field(default=None, description="YaRN context extension; null: none")
+    initializer_range: float = Field(default=0.006, gt=0, description="standard deviation of the initial weights")
+    aux_loss_alpha: float = Field(default=0.0001, ge=0, description="weight of the sequence-wise balance loss")
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        per_group, rest = divmod(self.n_routed_experts, self.n_group)
+        if rest:
+            raise ValueError(
+                f"model.n_routed_experts = {self.n_routed_experts} must be a multiple of model.n_group = {self.n_group}"
+            )
+        if per_group < 2:  # a group's score is the sum of its best two, in transformers even if there is one group
+            raise ValueError(
+                f"model.n_routed_experts = {self.n_routed_experts} must be at least two for each group, "
+                f"and model.n_group = {self.n_group}"
+            )
+        if self.topk_group > self.n_group:
+            raise ValueError(f"model.topk_group = {self.topk_group} must be at most model.n_group = {self.n_group}")
+        most = self.topk_group * per_group
+        if self.num_experts_per_tok > most:
+            raise ValueError(
+                f"model.num_experts_per_tok = {self.num_experts_per_tok} must be at most {most}, "
+                f"the experts of model.topk_group = {self.topk_group} groups"
+            )
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise ValueError(
+                f"model.first_k_dense_replace = {self.first_k_dense_replace} must be at most "
+                f"model.num_hidden_layers = {self.num_hidden_layers}"
+            )
+        return self
+
+
+class SourceConfig(Section):
+    """Where documents come from: a Hub dataset, or a local file, folder or glob."""
+
+    path: str = Field(min_length=1, description="Hub dataset (owner/name), file, folder or glob: .parquet .jsonl .txt")
+    name: str | None = Field(default=None, description="configuration (subset) of a Hub dataset")
+    split: str = Field(default="train", description="split of a Hub dataset")
+    revision: str | None = Field(default=None, description="commit, tag or branch of a Hub dataset")
+    text_field: str = Field(default="text", description="column or key that holds the text")
+
+
+def _as_items(value: object) -> object:
+    """One path or one source stands for a list of one."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _as_sources(value: object) -> object:
+    """`data.sources=corpus.txt` and lists of paths mean sources with every other key at its default."""
+    items = value if isinstance(value, list | tuple) else (value,)
+    return tuple({"path": item} if isinstance(item, str) else item for item in items)
+
+
+FINEWEB_EDU = SourceConfig(
+    path="HuggingFaceFW/fineweb-edu", name="sample-10BT", revision="87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
+)
+
+
+class DataConfig(Section):
+    """Where text comes from and how it becomes rows of tokens."""
+
+    sources: Annotated[tuple[SourceConfig, ...], BeforeValidator(_as_sources), Field(min_length=1)] = Field(
+        default=(FINEWEB_EDU,), description="where documents come from; a path, a list of paths, or a list of sources"
+    )
+    tokenizer: str = Field(
+        default="openai-community/gpt2@607a30d783dfa663caf39e06633721c8d4cfcd7e",
+        min_length=1,
+        description="folder, Hub name (owner/name[@revision]), or bpe: train a byte-level BPE on the sources",
+    )
+    seq_len: int = Field(default=2048, ge=2, description="tokens of a row")
+    val_fraction: float = Field(
+        default=0.01, ge=0, lt=0.5, description="share of documents held out for validation, by hash"
+    )
+    shuffle_window: int = Field(default=8, ge=1, description="row groups whose documents are shuffled together")
+    workers: int = Field(
+        default=1, ge=0, le=1, description="1: batches are prepared in a background process; 0: in this one"
+    )
+
+
+class TrainConfig(Section):
+    """Length, batch, arithmetic and loss weights."""
+
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps; null: from tokens_per_active_param")
+    tokens_per_active_param: float = Field(
+        default=20, gt=0, description="training tokens per active parameter (with head)"
+    )
+    micro_batch: int = Field(default=4, ge=1, description="rows of one forward and backward pass")
+    batch_tokens: int = Field(default=131072, ge=1, description="tokens of one optimizer step, over all ranks")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="arithmetic of the matrix products"
+    )
+    seed: int = Field(default=1337, ge=0, lt=2**63, description="seed of the weights and of the data order")
+    init_from: str | None = Field(default=None, description="checkpoint or model directory to take the weights from")
+    recompute: bool = Field(default=False, description="recompute each block's activations in backward (less memory)")
+    grad_clip: float = Field(default=1.0, gt=0, description="largest global gradient norm")
+    mtp_weight: float = Field(default=0.3, ge=0, description="weight of the MTP loss at first")
+    mtp_weight_final: float = Field(default=0.1, ge=0, description="weight of the MTP loss after mtp_switch")
+    mtp_switch: float = Field(
+        default=0.676, ge=0, le=1, description="share of the steps after which mtp_weight_final holds"
+    )
+
+
+class OptimConfig(Section):
+    """Optimizer, its schedule, and the balancing of the experts."""
+
+    name: Literal["muon", "adamw"] = Field(
+        default="muon", description="muon: Muon for hidden matrices, AdamW for the rest"
+    )
+    lr: float = Field(default=2e-3, gt=0, le=1, description="peak learning rate of both optimizers")
+    schedule: Literal["wsd", "cosine"] = Field(default="wsd", description="warm-up, then stable and decay, or cosine")
+    warmup: float = Field(default=0.02, ge=0, le=1, description="share of the steps with rising learning rate")
+    decay: float = Field(default=0.3, ge=0, le=1, description="share of the steps with falling learning rate (wsd)")
+    min_lr: float = Field(default=0.1, ge=0, le=1, description="last learning rate / peak")
+    weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay of matrices")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first-moment decay")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW's second-moment decay")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's Nesterov momentum")
+    ns_dtype: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="arithmetic of Muon's Newton-Schulz iteration"
+    )
+    bias_speed: float = Field(default=1e-3, ge=0, description="change of a router bias per step (gamma)")
+    bias_until: float = Field(
+        default=0.966, ge=0, le=1, description="share of the steps after which router biases stay"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OptimConfig:
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError(f"optim.warmup = {self.warmup} and optim.decay = {self.decay} must sum to at most 1")
+        return self
+
+
+class LogConfig(Section):
+    """What is written down."""
+
+    every_steps: int = Field(default=10, ge=1, description="steps between lines of metrics.jsonl")
+
+
+class EvalConfig(Section):
+    """Validation loss on held-out documents."""
+
+    every_steps: int = Field(default=250, ge=1, description="steps between evaluations; the last step always evaluates")
+    tokens: int = Field(default=262144, ge=1, description="validation tokens, about: whole documents are taken")
+
+
+class SampleConfig(Section):
+    """Text generated while training."""
+
+    every_steps: int = Field(default=500, ge=1, description="steps between samples; the last step always samples")
+    prompts: Annotated[tuple[str, ...], BeforeValidator(_as_items)] = Field(
+        default=("The capital of France is", "Photosynthesis is the process by which", "Once upon a time"),
+        description="the same prompts every time",
+    )
+    max_new_tokens: int = Field(default=64, ge=1, description="tokens of a sample")
+    temperature: float = Field(default=0.8, ge=0, description="0: greedy")
+    top_k: int = Field(default=50, ge=0, description="sample from the k most likely tokens; 0: from all")
+
+
+class CheckpointConfig(Section):
+    """When the run is saved."""
+
+    every_steps: int = Field(default=250, ge=1, description="steps between checkpoints; the last step always saves")
+    keep: int = Field(default=3, ge=1, description="checkpoints to keep")
+
+
+class RunConfig(Section):
+    """Name and folder."""
+
+    name: str = Field(default="", description="name of the run; empty: the config's name")
+    dir: str = Field(default="", description="folder of the run; empty: runs/<run.name>")
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, name: str) -> str:
+        device = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name, re.IGNORECASE)  # no such file on Windows
+        if name and (device or not re.fullmatch(r"\w([\w.-]{0,98}[\w-])?", name)):
+            raise ValueError(
+                f"run.name = {shown(name)} is no name for a folder: at most 100 letters, digits, '_', '-' and '.', "
+                "no '-' or '.' first, no '.' last, no device of Windows"
+            )
+        return name
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    log: LogConfig = LogConfig()
+    eval: EvalConfig = EvalConfig()
+    sample: SampleConfig = SampleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of `data.seq_len` tokens in one optimizer step, over all ranks."""
+        return self.train.batch_tokens // self.data.seq_len
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        model, data, train = self.model, self.data, self.train
+        if data.seq_len > model.max_position_embeddings:
+            raise ValueError(
+                f"data.seq_len = {data.seq_len} must be at most "
+                f"model.max_position_embeddings = {model.max_position_embeddings}"
+            )
+        if train.batch_tokens % data.seq_len:
+            near = max(round(train.batch_tokens / data.seq_len), 1) * data.seq_len
+            raise ValueError(
+                f"train.batch_tokens = {train.batch_tokens} must be a multiple of data.seq_len = {data.seq_len}, "
+                f"such as {near}"
+            )
+        if train.micro_batch > self.rows_per_step:
+            raise ValueError(
+                f"train.micro_batch = {train.micro_batch} must be at most {self.rows_per_step}, the rows of a step: "
+                f"train.batch_tokens = {train.batch_tokens} / data.seq_len = {data.seq_len}"
+            )
+        if model.rms_norm_eps != 1e-6:
+            raise ValueError(
+                f"model.rms_norm_eps = {model.rms_norm_eps} must be 1e-6: transformers fixes it for the norms of the "
+                "latents while vLLM uses this key, so that any other value gives each its own model"
+            )
+        if model.num_hidden_layers > 61:
+            raise ValueError(
+                f"model.num_hidden_layers = {model.num_hidden_layers} must be at most 61: transformers takes layer 61 "
+                "for the MTP layer of DeepSeek-V3 and would leave it out"
+            )
+        if data.tokenizer == "bpe" and model.vocab_size < 257:
+            raise ValueError(
+                f"model.vocab_size = {model.vocab_size} must be at least 257 with data.tokenizer = bpe: "
+                "the 256 bytes and the end of a text"
+            )
+        return self
+
+
+_SCHEMA = Schema(Config)
+
+
+def _find(config: str) -> tuple[Path, str]:
+    """The file of a preset's name or of a path, and what messages call it."""
+    presets = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+    if config in presets:
+        return presets[config], f"configs/{config}.yaml"
+    path = Path(config)
+    try:
+        if path.is_file():
+            return path, config
+        what = "is a folder" if path.is_dir() else "does not exist"
+    except (OSError, ValueError):
+        what = "is no file name"
+    near = difflib.get_close_matches(path.stem, presets, n=1)
+    hint = f"did you mean {near[0]}? Presets are" if near else "give a YAML file or one of the presets"
+    raise UserError(f"--config {shown(config)} {what}; {hint} {', '.join(presets)}")
+
+
+def load(config: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a preset or YAML file with `section.key=value` overrides, later ones winning.
+
+    `run.name` and `run.dir` are filled in. Raises UserError, one line, for the first mistake.
+    """
+    path, name = _find(config)
+    reader = Reader(_SCHEMA, path, name)
+    for argument in overrides:
+        reader.override(argument)
+    run = reader.validate().run
+    run_name = run.name or path.stem
+    reader.tree["run"] = {"name": run_name, "dir": run.dir or f"runs/{run_name}"}
+    return reader.validate()
+
+
+def to_yaml(config: Config) -> str:
+    """Every key of the configuration, in the order of the schema; `load` reads it back to an equal one."""
+    return dump(config)
+
+
+def describe() -> str:
+    """Every key with its default, meaning and what is allowed, for `--help`."""
+    return _SCHEMA.describe()

@@ -1,0 +1,559 @@
+"""DeepSeek-V3 (arXiv 2412.19437): Multi-head Latent Attention, DeepSeekMoE, multi-token prediction.
+
+Modules and parameters are named as in DeepSeek's checkpoints; only the routed experts are stacked (`convert.py` has the
+table). Local tensors carry their shape as a suffix:
+
+    B batch         T tokens of a sequence   N = B*T           S cached tokens     D hidden      W vocabulary
+    H heads         Q query latent           C kv latent       P nope dim          R rope dim    V value dim
+    E experts       A active experts         G groups          F ffn width         K = P + R     L layers
+
+`k_rope_BTR` has no H: one rotary key for all heads is the idea of MLA. Parameters are fp32 masters when training; matrix
+products run in the model's `dtype`; the residual stream, norms' statistics, router, softmax and losses are fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import losses
+import ops
+from config import ModelConfig, YarnConfig
+
+
+class Linear(nn.Linear):
+    """A projection without bias; its weight is cast to the input's dtype."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with statistics in fp32; the result has the dtype given, or the input's."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(dtype or x.dtype)
+
+
+class RotaryEmbedding:
+    """Interleaved rotary positions: the pair (2i, 2i+1) turns by `position * frequency_i`. Holds no tensors."""
+
+    def __init__(self, config: ModelConfig):
+        self.width, self.theta, self.yarn = config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
+
+    def frequencies(self) -> Tensor:
+        """Radians per token, (R/2), fp32. YaRN (2309.00071, section 3.2) slows the low ones and keeps the high ones."""
+        freq = self.theta ** (-torch.arange(0, self.width, 2, dtype=torch.float32) / self.width)
+        if self.yarn is None:
+            return freq
+        low = max(math.floor(self._turning_dim(self.yarn.beta_fast, self.yarn)), 0)
+        high = min(math.ceil(self._turning_dim(self.yarn.beta_slow, self.yarn)), self.width - 1)
+        ramp = (torch.arange(self.width // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)
+        keep = 1 - ramp.clamp(0, 1)
+        return freq / self.yarn.factor * (1 - keep) + freq * keep
+
+    def _turning_dim(self, turns: float, yarn: YarnConfig) -> float:
+        """The (fractional) pair index whose frequency makes that many turns over the original context."""
+        return (
+            self.width
+            * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi))
+            / (2 * math.log(self.theta))
+        )
+
+    def __call__(self, positions_BT: Tensor) -> Tensor:
+        """Unit complex numbers to multiply pairs with, (B, T, R/2), complex64."""
+        angle = positions_BT.float()[..., None] * self.frequencies().to(positions_BT.device)
+        if self.yarn is None:
+            return torch.polar(torch.ones_like(angle), angle)
+        both = self.yarn.mscale and self.yarn.mscale_all_dim
+        factor = yarn_mscale(self.yarn.factor, self.yarn.mscale if both else 1.0)
+        factor /= yarn_mscale(self.yarn.factor, self.yarn.mscale_all_dim) if both else 1.0
+        return torch.polar(torch.full_like(angle, factor), angle)
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0
+
+
+def rotate(x: Tensor, rope_BTR: Tensor) -> Tensor:
+    """Turn the pairs of x, (B, T, R) or (B, T, H, R), by the angles of `RotaryEmbedding`."""
+    if x.dim() == 4:
+        rope_BTR = rope_BTR.unsqueeze(2)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * rope_BTR).flatten(-2).to(x.dtype)
+
+
+class LatentCache:
+    """What MLA remembers of each token, for every layer (MTP layers last): the normed kv latent and the rotated key.
+
+    Rows may have different lengths: entry s of a row belongs to its position s. `length` is how many positions were
+    written in the longest row; entries past a row's own length are hidden by the causal mask until they are rewritten.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype):
+        self.num_layers = config.num_hidden_layers + config.num_nextn_predict_layers
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        self.latent_LBSC = torch.zeros(self.num_layers, batch, capacity, width, device=device, dtype=dtype)
+        self.length = 0
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.num_layers * self.latent_LBSC.shape[-1] * self.latent_LBSC.element_size()
+
+    def write(self, layer: int, positions_BT: Tensor, latent_BTC: Tensor) -> None:
+        index = positions_BT[..., None].expand_as(latent_BTC)
+        self.latent_LBSC[layer].scatter_(1, index, latent_BTC.to(self.latent_LBSC.dtype))
+
+
+class MLA(nn.Module):
+    """Multi-head Latent Attention (2412.19437, section 2.1.1)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(hidden, heads * config.qk_head_dim)
+        else:
+            self.q_a_proj = Linear(hidden, config.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank)  # eps 1e-6 whatever the config says, as transformers
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank)
+        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(heads * config.v_head_dim, hidden)
+        self.scale = config.qk_head_dim**-0.5
+        if config.rope_scaling is not None:
+            self.scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
+
+    def forward(
+        self, x_BTD: Tensor, rope_BTR: Tensor, positions_BT: Tensor | None = None, cache: LatentCache | None = None
+    ) -> Tensor:
+        cfg = self.config
+        if cfg.q_lora_rank is None:
+            q_BTHK = self.q_proj(x_BTD).unflatten(-1, (cfg.num_attention_heads, -1))
+        else:
+            q_BTHK = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))).unflatten(-1, (cfg.num_attention_heads, -1))
+        q_nope_BTHP, q_rope_BTHR = q_BTHK.split((cfg.qk_nope_head_dim, cfg.qk_rope_head_dim), -1)
+        q_rope_BTHR = rotate(q_rope_BTHR, rope_BTR)
+        latent_BTC, k_rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split((cfg.kv_lora_rank, cfg.qk_rope_head_dim), -1)
+        latent_BTC, k_rope_BTR = self.kv_a_layernorm(latent_BTC), rotate(k_rope_BTR, rope_BTR)
+        if cache is not None and positions_BT is not None:
+            cache.write(self.layer, positions_BT, torch.cat((latent_BTC, k_rope_BTR), -1))
+            if cache.length > 0:
+                return self.o_proj(self._absorbed(q_nope_BTHP, q_rope_BTHR, positions_BT, cache).flatten(2))
+        kv_BTHX = self.kv_b_proj(latent_BTC).unflatten(-1, (cfg.num_attention_heads, -1))
+        k_nope_BTHP, v_BTHV = kv_BTHX.split((cfg.qk_nope_head_dim, cfg.v_head_dim), -1)
+        k_rope_BTHR = k_rope_BTR.unsqueeze(2).expand(-1, -1, cfg.num_attention_heads, -1)
+        q_BHTK = torch.cat((q_nope_BTHP, q_rope_BTHR), -1).transpose(1, 2)
+        k_BHTK = torch.cat((k_nope_BTHP, k_rope_BTHR), -1).transpose(1, 2)
+        out_BHTV = ops.attention(q_BHTK, k_BHTK, v_BTHV.transpose(1, 2), scale=self.scale)
+        return self.o_proj(out_BHTV.transpose(1, 2).flatten(2))
+
+    def _absorbed(self, q_nope_BTHP: Tensor, q_rope_BTHR: Tensor, positions_BT: Tensor, cache: LatentCache) -> Tensor:
+        """Attention over the cached latents without expanding them: kv_b is absorbed into query and output."""
+        cfg = self.config
+        weight_HXC = self.kv_b_proj.weight.to(q_nope_BTHP.dtype).unflatten(0, (cfg.num_attention_heads, -1))
+        w_key_HPC, w_value_HVC = weight_HXC.split((cfg.qk_nope_head_dim, cfg.v_head_dim), 1)
+        cached_BSX = cache.latent_LBSC[self.layer, :, : cache.length + positions_BT.shape[1]].to(q_nope_BTHP.dtype)
+        latent_BSC, k_rope_BSR = cached_BSX.split((cfg.kv_lora_rank, cfg.qk_rope_head_dim), -1)
+        q_latent_BTHC = torch.einsum("bthp,hpc->bthc", q_nope_BTHP, w_key_HPC)
+        scores_BHTS = torch.einsum("bthc,bsc->bhts", q_latent_BTHC, latent_BSC).float()
+        scores_BHTS += torch.einsum("bthr,bsr->bhts", q_rope_BTHR, k_rope_BSR).float()
+        visible_BTS = torch.arange(cached_BSX.shape[1], device=cached_BSX.device) <= positions_BT[..., None]
+        scores_BHTS = (scores_BHTS * self.scale).masked_fill(~visible_BTS[:, None], float("-inf"))
+        probs_BHTS = scores_BHTS.softmax(-1).to(latent_BSC.dtype)
+        out_BTHC = torch.einsum("bhts,bsc->bthc", probs_BHTS, latent_BSC)
+        return torch.einsum("bthc,hvc->bthv", out_BTHC, w_value_HVC)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.gate_proj, self.up_proj = Linear(hidden_size, width), Linear(hidden_size, width)
+        self.down_proj = Linear(width, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Router(nn.Module):
+    """Sigmoid affinities and auxiliary-loss-free selection (Eq. 12-16), in fp32.
+
+    `e_score_correction_bias` steers which experts are chosen, never their weights; no gradient reaches it.
+    `optim.update_router_bias` moves it once per step.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        self.e_score_correction_bias: Tensor
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Chosen experts (N, A), their weights (N, A) and all affinities (N, E)."""
+        cfg = self.config
+        scores_NE = F.linear(x_ND.float(), self.weight.float()).sigmoid()
+        choice_NE = scores_NE.detach() + self.e_score_correction_bias
+        if cfg.n_group > 1:  # keep the groups whose best two experts score highest
+            choice_NGX = choice_NE.unflatten(-1, (cfg.n_group, -1))
+            group_NA = choice_NGX.topk(2, -1).values.sum(-1).topk(cfg.topk_group, -1).indices
+            kept_NG = torch.zeros_like(choice_NGX[..., 0], dtype=torch.bool).scatter_(1, group_NA, True)
+            choice_NE = choice_NGX.masked_fill(~kept_NG[..., None], float("-inf")).flatten(1)
+        expert_NA = choice_NE.topk(cfg.num_experts_per_tok, -1, sorted=False).indices
+        weight_NA = scores_NE.gather(1, expert_NA)
+        if cfg.norm_topk_prob:
+            weight_NA = weight_NA / (weight_NA.sum(-1, keepdim=True) + 1e-20)
+        return expert_NA, weight_NA * cfg.routed_scaling_factor, scores_NE
+
+
+class Experts(nn.Module):
+    """The routed experts' SwiGLUs, stacked: gate rows first, then up."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        num, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(num, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(num, hidden, width))
+
+    def forward(self, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.grouped_experts(x_ND, expert_NA, weight_NA, self.gate_up_proj, self.down_proj)
+
+
+class Routing(NamedTuple):
+    """What one MoE layer did: tokens per expert, (E), and its balance loss summed over sequences."""
+
+    counts_E: Tensor
+    balance: Tensor
+
+
+class DeepSeekMoE(nn.Module):
+    """Shared experts, as one wide SwiGLU, plus the chosen routed experts."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
+        batch, num_tokens, _ = x_BTD.shape
+        x_ND = x_BTD.flatten(0, 1)
+        expert_NA, weight_NA, scores_NE = self.gate(x_ND)
+        y_ND, counts_E = self.experts(x_ND, expert_NA, weight_NA)
+        balance = losses.balance_loss(
+            scores_NE.view(batch, num_tokens, -1), expert_NA.view(batch, num_tokens, -1)
+        )
+        return (y_ND + self.shared_experts(x_ND)).view_as(x_BTD), Routing(counts_E, balance)
+
+
+class Block(nn.Module):
+    """Attention, then a dense SwiGLU or experts, each behind a norm and added to the fp32 residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MLA(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        dense = layer < min(config.first_k_dense_replace, config.num_hidden_layers)  # MTP layers always route
+        self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else DeepSeekMoE(config)
+
+    def forward(
+        self, x_BTD: Tensor, rope_BTR: Tensor, positions_BT: Tensor | None = None, cache: LatentCache | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        h_BTD = self.input_layernorm(x_BTD, self.dtype)
+        x_BTD = x_BTD + self.self_attn(h_BTD, rope_BTR, positions_BT, cache)
+        h_BTD = self.post_attention_layernorm(x_BTD, self.dtype)
+        y_BTD, routing = self.mlp(h_BTD) if isinstance(self.mlp, DeepSeekMoE) else (self.mlp(h_BTD), None)
+        return x_BTD + y_BTD, routing
+
+
+class SharedHead(nn.Module):
+    """The norm before the shared vocabulary head of an MTP layer."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class MTP(Block):
+    """Multi-token prediction, depth d (2412.19437, section 2.2): one more block that sees one token further.
+
+    Position i combines the final normed state of the model before it with the embedding of token i+1+d, and predicts
+    token i+2+d. Consumers put the embedding first in `eh_proj` and feed the state after the norm, unlike Eq. 21.
+    Embedding and head are the main model's; a tuple keeps the embedding from being registered twice.
+    """
+
+    def __init__(self, config: ModelConfig, depth: int, dtype: torch.dtype, embed_tokens: nn.Embedding):
+        super().__init__(config, config.num_hidden_layers + depth, dtype)
+        self.shared = (embed_tokens,)
+        self.rotary = RotaryEmbedding(config)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
+        self.shared_head = SharedHead(config)
+
+    def forward(  # type: ignore[override]
+        self, hidden_BTD: Tensor, tokens_BT: Tensor, positions_BT: Tensor | None = None, cache: LatentCache | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """`tokens_BT[:, i]` is the token one past what `hidden_BTD[:, i]` has seen. Returns the normed state, (B, T, D)."""
+        embedded_BTD = self.enorm(F.embedding(tokens_BT, self.shared[0].weight), self.dtype)
+        x_BTD = self.eh_proj(torch.cat((embedded_BTD, self.hnorm(hidden_BTD, self.dtype)), -1)).float()
+        rope_BTR = self.rotary(arange_positions(tokens_BT) if positions_BT is None else positions_BT)
+        x_BTD, routing = super().forward(x_BTD, rope_BTR, positions_BT, cache)
+        return self.shared_head.norm(x_BTD, self.dtype), routing
+
+
+class LossWeights(NamedTuple):
+    """What a row's loss counts in the sum that is differentiated: weights over global counts, times the fp16 loss scale."""
+
+    main: float = 1.0
+    mtp: tuple[float, ...] = ()
+    balance: float = 0.0
+
+
+class Output(NamedTuple):
+    """The loss to differentiate and what it is made of, as sums. Depth 0 is the main head, depth d the MTP head d-1."""
+
+    loss: Tensor  # () weighted sum
+    nats: Tensor  # (1 + depth) unweighted sums of cross-entropy
+    num_targets: Tensor  # (1 + depth)
+    num_correct: Tensor  # (1 + depth) targets that were the most likely token
+    balance: Tensor  # () sum over sequences and MoE layers, without alpha
+    expert_counts: Tensor  # (MoE layers, then MTP layers; E) tokens per expert
+
+
+class Trunk(nn.Module):
+    """The checkpoint's `model.` prefix: embedding, blocks and final norm."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer, dtype) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class DeepSeekV3(nn.Module):
+    """The whole model. Build it on `meta`, `to_empty(device=...)`, then `init_weights` or load.
+
+    Args:
+        dtype: arithmetic of the matrix products. recompute: recompute each block in backward instead of storing it.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, *, recompute: bool = False):
+        super().__init__()
+        self.config, self.dtype, self.recompute = config, dtype, recompute
+        self.rotary = RotaryEmbedding(config)
+        self.model = Trunk(config, dtype)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.mtp = nn.ModuleList(
+            MTP(config, depth, dtype, self.model.embed_tokens) for depth in range(config.num_nextn_predict_layers)
+        )
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        cache: LatentCache | None = None,
+        loss_weights: LossWeights | None = None,
+    ) -> Tensor | Output:
+        """Logits (B, T, W), fp32, or with `targets` the losses.
+
+        Args:
+            tokens_BT: int64 ids. targets: (B, T + depth) or shorter: `targets[:, i]` follows `tokens[:, i]`, already
+                shifted, `losses.IGNORE` where nothing is predicted. MTP head d reads token `targets[:, i+d]` and predicts
+                `targets[:, i+d+1]`; what lies past the end is ignored.
+            positions: (B, T), default 0..T-1. cache: read and extended. loss_weights: default mean of the main loss plus
+                the means of the MTP losses.
+        """
+        hidden_BTD, routings = self.hidden(tokens_BT, positions=positions, cache=cache)
+        if targets is None:
+            return self.logits(hidden_BTD)
+        return self._losses(hidden_BTD, tokens_BT, targets, routings, loss_weights)
+
+    def hidden(
+        self, tokens_BT: Tensor, *, positions: Tensor | None = None, cache: LatentCache | None = None
+    ) -> tuple[Tensor, list[Routing]]:
+        """The normed final state, (B, T, D), that head and MTP read, and the routing of each MoE layer."""
+        if positions is None:
+            positions = arange_positions(tokens_BT, cache.length if cache is not None else 0)
+        rope_BTR = self.rotary(positions)
+        x_BTD = self.model.embed_tokens(tokens_BT).float()
+        routings: list[Routing] = []
+        for layer in self.model.layers:
+            x_BTD, routing = self._run(layer, x_BTD, rope_BTR, positions, cache)
+            if routing is not None:
+                routings.append(routing)
+        if cache is not None:
+            cache.length += tokens_BT.shape[1]
+        return self.model.norm(x_BTD, self.dtype), routings
+
+    def set_compute_dtype(self, dtype: torch.dtype, *, recompute: bool = False) -> None:
+        """Change the arithmetic of the matrix products; parameters stay what they are."""
+        self.dtype, self.recompute = dtype, recompute
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.dtype = dtype
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden).float()
+
+    def _run(self, block: nn.Module, *args: Tensor | LatentCache | None) -> tuple[Tensor, Routing | None]:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
+        return block(*args)
+
+    def _losses(
+        self, hidden_BTD: Tensor, tokens_BT: Tensor, targets: Tensor, routings: list[Routing], weights: LossWeights | None
+    ) -> Output:
+        num_tokens = tokens_BT.shape[1]
+        targets = F.pad(targets, (0, max(0, num_tokens + len(self.mtp) - targets.shape[1])), value=losses.IGNORE)
+        states, wanted = [hidden_BTD], [targets[:, :num_tokens]]
+        for depth, mtp in enumerate(self.mtp):
+            seen_BT = targets[:, depth : depth + num_tokens]
+            state_BTD, routing = self._run(mtp, states[-1], seen_BT.clamp(min=0))
+            states.append(state_BTD)
+            # A position whose own input token is missing predicts nothing either.
+            wanted.append(targets[:, depth + 1 : depth + 1 + num_tokens].masked_fill(seen_BT < 0, losses.IGNORE))
+            if routing is not None:
+                routings = [*routings, routing]
+        target_XN = torch.stack(wanted).flatten(1)
+        num_targets = (target_XN != losses.IGNORE).sum(1)
+        balance = torch.stack([routing.balance for routing in routings]).sum() if routings else hidden_BTD.new_zeros(())
+        if weights is None:
+            weight_X = 1 / num_targets.clamp(min=1)
+            weights = LossWeights()
+        else:
+            weight_X = torch.tensor((weights.main, *weights.mtp), dtype=torch.float32, device=hidden_BTD.device)
+        loss, nats_M, correct_M = losses.linear_cross_entropy(
+            torch.cat([state.flatten(0, 1) for state in states]),
+            self.lm_head.weight,
+            target_XN.flatten(),
+            weight_X.repeat_interleave(target_XN.shape[1]),
+        )
+        return Output(
+            loss=loss + weights.balance * balance,
+            nats=nats_M.view_as(target_XN).sum(1),
+            num_targets=num_targets,
+            num_correct=correct_M.view_as(target_XN).sum(1),
+            balance=balance.detach(),
+            expert_counts=torch.stack([routing.counts_E for routing in routings]) if routings else num_targets.new_zeros(0, 0),
+        )
+
+
+def arange_positions(tokens_BT: Tensor, start: int = 0) -> Tensor:
+    return torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+
+
+@torch.no_grad()
+def init_weights(model: DeepSeekV3, seed: int) -> None:
+    """Set every parameter and buffer: matrices N(0, initializer_range), norms 1, router biases 0.
+
+    Values come from a CPU generator in the order of the parameters: the same on every device and rank.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            noise = torch.empty(parameter.shape, dtype=torch.float32).normal_(generator=generator)
+            parameter.copy_(noise * model.config.initializer_range)
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+def moe_layers(model: DeepSeekV3) -> list[DeepSeekMoE]:
+    """The MoE layers in the order of `Output.expert_counts`."""
+    blocks: Sequence[nn.Module] = [*model.model.layers, *model.mtp]
+    return [block.mlp for block in blocks if isinstance(block.mlp, DeepSeekMoE)]  # type: ignore[misc]
+
+
+class Counts(NamedTuple):
+    """Numbers of parameters. Router biases are buffers and counted apart; the MTP file's embedding and head copies nowhere."""
+
+    total: int  # main model with embedding and head
+    active: int  # used for one token: no embedding, no head, A of E routed experts
+    head: int
+    embedding: int
+    mtp: int  # all MTP layers
+    mtp_active: int
+    router_bias: int  # entries, of the main model
+    parts: dict[str, int]  # of the main model
+
+    @property
+    def active_with_head(self) -> int:
+        return self.active + self.head
+
+
+PARTS = ("embedding", "attention", "dense MLP", "routed experts", "shared experts", "router", "norms", "head")
+
+
+def _part(name: str) -> str:
+    if "layernorm" in name or "norm." in name:
+        return "norms"
+    for key, part in (
+        ("embed_tokens", "embedding"), ("lm_head", "head"), ("self_attn", "attention"), ("shared_experts", "shared experts"),
+        ("mlp.experts", "routed experts"), ("mlp.gate.", "router"), ("eh_proj", "eh_proj"),
+    ):  # fmt: skip
+        if key in name:
+            return part
+    return "dense MLP"
+
+
+def count_parameters(model: DeepSeekV3) -> Counts:
+    """Counts by part; works on `meta`."""
+    parts = dict.fromkeys(PARTS, 0)
+    idle = {"main": 0.0, "mtp": 0.0}
+    mtp = 0
+    unused = 1 - model.config.num_experts_per_tok / model.config.n_routed_experts
+    for name, parameter in model.named_parameters():
+        part, is_mtp = _part(name), name.startswith("mtp.")
+        if is_mtp:
+            mtp += parameter.numel()
+        else:
+            parts[part] += parameter.numel()
+        if part == "routed experts":
+            idle["mtp" if is_mtp else "main"] += parameter.numel() * unused
+    total = sum(parts.values())
+    return Counts(
+        total=total,
+        active=round(total - parts["embedding"] - parts["head"] - idle["main"]),
+        head=parts["head"],
+        embedding=parts["embedding"],
+        mtp=mtp,
+        mtp_active=round(mtp - idle["mtp"]),
+        router_bias=sum(buffer.numel() for name, buffer in model.named_buffers() if not name.startswith("mtp.")),
+        parts=parts,
+    )
+
+
+def flops_per_token(config: ModelConfig, counts: Counts, seq_len: int, *, causal: bool = False) -> float:
+    """Floating-point operations of forward and backward per token, MTP included: 6 per active weight, and attention.
+
+    Attention counts all T keys per query, as PaLM and torchtitan do, or with `causal` half of them. Excluded:
+    embedding look-up, norms, softmax, recomputation, the optimizer.
+    """
+    depth = config.num_nextn_predict_layers
+    matrices = counts.active_with_head + counts.mtp_active + depth * counts.head
+    attention = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * seq_len
+    return 6.0 * (matrices + (config.num_hidden_layers + depth) * attention * (0.5 if causal else 1.0))

@@ -1,0 +1,208 @@
+"""Muon and AdamW, schedules as pure functions, router biases, the fp16 loss scale.
+
+Muon (kellerjordan.github.io/posts/muon) steps along the orthogonalised Nesterov momentum of a matrix. With Moonlight's
+scale 0.2 * sqrt(max(rows, cols)) (2502.16982, Eq. 4) its update has AdamW's usual size, so that both share one learning
+rate, schedule and weight decay. `torch.optim.Muon` takes 2-D parameters only and the `muon-optimizer` package wants a process
+group and treats a stacked tensor's fused gate and up as one matrix: ours takes every expert, and gate and up, on its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from config import OptimConfig
+from model import DeepSeekV3, moe_layers
+
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic of Keller Jordan's Newton-Schulz iteration
+NS_STEPS = 5
+NS_BATCH_ELEMENTS = 2**25  # matrices orthogonalised at once: 64 MiB in bf16 for each of three temporaries
+
+
+def newton_schulz(matrix_XAB: Tensor, dtype: torch.dtype) -> Tensor:
+    """Nearest semi-orthogonal matrices, roughly: singular values end within about 0.7..1.2. (X, A, B) with A <= B."""
+    a, b, c = NS_COEFFICIENTS
+    norm_X11 = torch.linalg.matrix_norm(matrix_XAB.float(), keepdim=True).clamp(min=1e-7)
+    x_XAB = (matrix_XAB / norm_X11).to(dtype)
+    for _ in range(NS_STEPS):
+        gram_XAA = torch.bmm(x_XAB, x_XAB.mT)
+        poly_XAA = torch.baddbmm(gram_XAA, gram_XAA, gram_XAA, beta=b, alpha=c)
+        x_XAB = torch.baddbmm(x_XAB, poly_XAA, x_XAB, beta=a)
+    return x_XAB
+
+
+def as_matrices(parameter: Tensor, split: int) -> Tensor:
+    """A view (X, rows, cols) of a 2-D parameter, or of stacked ones whose rows are `split` matrices each."""
+    return parameter.unflatten(-2, (split, -1)).flatten(0, -3)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon over 2-D and stacked 3-D parameters, orthogonalised in batches of equal shape. Needs no process group.
+
+    A group may hold `split`: how many matrices lie below each other in each of its parameters (2 for fused gate and up).
+    """
+
+    def __init__(
+        self, params: Iterable, lr: float, *, momentum: float = 0.95, weight_decay: float = 0.1,
+        ns_dtype: torch.dtype = torch.bfloat16,
+    ):  # fmt: skip
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "split": 1})
+        self.ns_dtype = ns_dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        buckets: dict[tuple[int, int], list[tuple[Tensor, Tensor, dict]]] = defaultdict(list)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                rows, cols = parameter.shape[-2] // group["split"], parameter.shape[-1]
+                buckets[min(rows, cols), max(rows, cols)].append((parameter, state["momentum"], group))
+        for entries in buckets.values():
+            for batch in _batches(entries):
+                self._update(batch)
+
+    def _update(self, batch: list[tuple[Tensor, Tensor, dict]]) -> None:
+        directions = []
+        for parameter, momentum, group in batch:
+            nesterov = as_matrices(parameter.grad.lerp(momentum, group["momentum"]), group["split"])  # type: ignore[union-attr]
+            directions.append(nesterov if nesterov.shape[-2] <= nesterov.shape[-1] else nesterov.mT)
+        done = newton_schulz(torch.cat(directions), self.ns_dtype).split([len(d) for d in directions])
+        for (parameter, _, group), direction in zip(batch, done, strict=True):
+            matrices = as_matrices(parameter, group["split"])
+            if matrices.shape[-2] > matrices.shape[-1]:
+                direction = direction.mT
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            matrices.add_(direction, alpha=-group["lr"] * 0.2 * math.sqrt(max(matrices.shape[-2:])))
+
+
+def _batches(entries: list[tuple[Tensor, Tensor, dict]]) -> Iterator[list[tuple[Tensor, Tensor, dict]]]:
+    batch, size = [], 0
+    for entry in entries:
+        if batch and size + entry[0].numel() > NS_BATCH_ELEMENTS:
+            yield batch
+            batch, size = [], 0
+        batch.append(entry)
+        size += entry[0].numel()
+    yield batch
+
+
+def uses_muon(name: str, parameter: Tensor) -> bool:
+    """Hidden matrices; not embedding, head, router and norms."""
+    return parameter.dim() >= 2 and not any(key in name for key in ("embed_tokens", "lm_head", "mlp.gate.weight"))
+
+
+class Optimizers:
+    """The optimizers of a model as one: one learning rate, state keyed by parameter name."""
+
+    def __init__(self, model: DeepSeekV3, config: OptimConfig, *, ns_dtype: torch.dtype):
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        muon, adamw = [], []
+        for parameter, name in self.names.items():
+            if config.name == "muon" and uses_muon(name, parameter):
+                muon.append({"params": [parameter], "split": 2 if name.endswith("experts.gate_up_proj") else 1})
+            else:
+                adamw.append({"params": [parameter], "weight_decay": config.weight_decay if parameter.dim() > 1 else 0.0})
+        self.all: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(adamw, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+        ]
+        if muon:
+            self.all.append(
+                Muon(muon, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, ns_dtype=ns_dtype)
+            )
+
+    def step(self, lr: float) -> None:
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """`<parameter name>.<state name>` -> tensor: momentum, or exp_avg, exp_avg_sq and step."""
+        return {
+            f"{self.names[parameter]}.{key}": value
+            for optimizer in self.all
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state`. Raises ValueError where tensors and parameters do not belong together."""
+        parameters = {name: parameter for parameter, name in self.names.items()}
+        owner = {parameter: opt for opt in self.all for group in opt.param_groups for parameter in group["params"]}
+        for optimizer in self.all:
+            optimizer.state.clear()
+        for full_name, tensor in tensors.items():
+            name, _, key = full_name.rpartition(".")
+            if name not in parameters:
+                raise ValueError(f"optimizer state of {name}, which the model does not have")
+            parameter = parameters[name]
+            if key != "step" and tensor.shape != parameter.shape:
+                raise ValueError(f"optimizer state {full_name} has shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
+            owner[parameter].state[parameter][key] = tensor.to(parameter.device)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, scale: float = 1.0) -> Tensor:
+    """Divide gradients by the loss `scale`, limit their global norm, and return the norm before limiting, fp32 ().
+
+    A non-finite norm leaves garbage in the gradients: the caller skips the step.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float()) / scale
+    torch._foreach_mul_(grads, (max_norm / norm.clamp(min=max_norm)) / scale)
+    return norm
+
+
+def lr_at(step: int, steps: int, config: OptimConfig) -> float:
+    """The learning rate of step 0..steps-1: linear warm-up, then cosine, or constant and a linear end (WSD)."""
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "cosine":
+        done = (step - warmup) / max(1, steps - 1 - warmup)
+        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    else:
+        decay = max(1, round(config.decay * steps))
+        fall = min(1.0, (steps - step) / decay) if config.decay > 0 else 1.0
+    return config.lr * (config.min_lr + (1 - config.min_lr) * fall)
+
+
+@torch.no_grad()
+def update_router_bias(model: DeepSeekV3, counts_LE: Tensor, speed: float) -> None:
+    """Auxiliary-loss-free balancing (2408.15664): raise the bias of experts below the mean load, lower it above.
+
+    Args:
+        counts_LE: tokens per expert of the whole step, over micro-batches and ranks, in the order of `moe_layers`.
+    """
+    for layer, counts_E in zip(moe_layers(model), counts_LE.float(), strict=True):
+        bias_E = layer.gate.e_score_correction_bias
+        bias_E += speed * torch.sign(counts_E.mean() - counts_E)
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scale of fp16: halved when a gradient overflows, doubled after `growth_interval` good steps."""
+
+    value: float = 1.0
+    good_steps: int = 0
+    growth_interval: int = 500
+
+    def update(self, finite: bool) -> None:
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.value = max(self.value / 2, 1.0)
+        elif self.good_steps == self.growth_interval:
+            self.value, self.good_steps = min(self.value * 2, 2.0**16), 0

@@ -1,0 +1,164 @@
+"""Processes, devices and what they can do. One process is the same path with communication skipped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from config import UserError
+
+T = TypeVar("T")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH_RANGE = "torch>=2.9,<2.14"
+# Dense 16-bit matrix products with fp32 accumulation, TFLOP/s, from the vendor's data sheets; others are measured.
+NOMINAL_TFLOPS = {
+    "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "T4": 65, "V100": 125, "RTX 3060": 25.5,
+    "RTX 3090": 71, "RTX 4070": 58, "RTX 4090": 165,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The processes of a run: this one's rank among `world_size`, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor summed over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. Over the CPU's backend, so that no GPU is waited for."""
+        if self.world_size == 1:
+            return flag
+        votes = torch.tensor(int(flag))
+        dist.all_reduce(votes)
+        return bool(votes)
+
+    def from_main(self, value: T | None) -> T:
+        """Rank 0's value, on every rank. A UserError there becomes one everywhere: no rank waits for another."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        if isinstance(box[0], UserError):
+            raise box[0]
+        return box[0]  # type: ignore[return-value]
+
+    def share(self, rows: int) -> tuple[int, int]:
+        """First and last + 1 of this rank's rows; shares differ by at most one."""
+        return self.rank * rows // self.world_size, (self.rank + 1) * rows // self.world_size
+
+
+@contextlib.contextmanager
+def processes(*, allow_cpu: bool) -> Iterator[Mesh]:
+    """Join the process group torchrun describes, if any, and leave it at the end."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(int(os.environ.get("LOCAL_RANK", 0)), allow_cpu=allow_cpu)
+    if world_size > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    try:
+        yield Mesh(rank, world_size, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def pick_device(local_rank: int, *, allow_cpu: bool) -> torch.device:
+    """This rank's GPU, or the CPU. Raises UserError where a GPU would go unused for lack of the right torch."""
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"rank {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}")
+        torch.cuda.set_device(local_rank)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # Ampere and later; else no effect
+        return torch.device("cuda", local_rank)
+    if torch.version.cuda is None and not allow_cpu and _has_nvidia_card():
+        raise UserError(
+            f"this machine has an NVIDIA GPU, but torch {torch.__version__} is built for the CPU; install a CUDA build: "
+            f'pip install --force-reinstall "{TORCH_RANGE}" --index-url https://download.pytorch.org/whl/cu126 '
+            "(or go on without the GPU: --allow-cpu)"
+        )
+    return torch.device("cpu")
+
+
+def _has_nvidia_card() -> bool:
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+def pick_precision(wanted: str, device: torch.device) -> str:
+    """`wanted`, or for "auto" the fastest that the device computes natively: bf16, fp16 (before Ampere) or fp32."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if wanted == "bf16" and not native:
+            raise UserError("train.precision = bf16: this GPU only emulates bf16; use auto or fp16")
+        return wanted if wanted != "auto" else "bf16" if native else "fp16"
+    if wanted == "fp16":
+        raise UserError("train.precision = fp16: on a CPU it is ten times slower than fp32; use auto, bf16 or fp32")
+    features = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11
+    native = features.get("avx512_bf16") or features.get("amx_bf16")
+    return wanted if wanted != "auto" else "bf16" if native else "fp32"
+
+
+def parallelize(model: nn.Module, mesh: Mesh) -> nn.Module:
+    """The module to call in training: under DDP when there are several ranks."""
+    if mesh.world_size == 1:
+        return model
+    # Buffers are router biases, which every rank updates from the same global counts.
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def synchronised(model: nn.Module, last: bool) -> AbstractContextManager:
+    """Around a micro-batch: gradients are reduced over ranks in the last one of a step only."""
+    if last or not isinstance(model, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return model.no_sync()
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Floating-point operations per second this device can do, and whose figure that is."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    if device.type == "cuda" and dtype != torch.float32:
+        for key, tflops in NOMINAL_TFLOPS.items():
+            if key in name.replace("-", " ").replace("GeForce ", ""):
+                return tflops * 1e12, f"{name}, data sheet"
+    size = 4096 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        torch.mm(a, b)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best, f"{name}, measured product of {size}x{size} matrices"
+
+
+def peak_memory_gib(device: torch.device) -> float | None:
+    """The largest memory so far: allocated on a GPU, resident on a CPU; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    with contextlib.suppress(ImportError):
+        import resource  # not on Windows
+        import sys
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return None

@@ -1,0 +1,459 @@
+"""Saving, verifying and finding checkpoints: bytes, damage, crashes, retention, hostile files."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import checkpoint
+from checkpoint import CheckpointError
+from config import UserError
+
+FILES = {"config.json": b'{"model_type": "deepseek_v3"}', "training_state.json": b'{"step": 1}', "empty.txt": b""}
+
+
+def tensors(seed: int = 0) -> dict[str, dict[str, Tensor]]:
+    rng = torch.Generator().manual_seed(seed)
+    model = {f"layer.{i}.weight": torch.randn(5, 7, generator=rng) for i in range(4)}
+    return {"model": model, "optimizer": {"layer.0.momentum": torch.randn(3, generator=rng).bfloat16()}}
+
+
+def save(root: Path, step: int, *, seed: int | None = None, keep: int = 9, **kwargs: Any) -> Path:
+    return checkpoint.save(root, step, tensors(step if seed is None else seed), FILES, keep=keep, **kwargs)
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def equal(ours: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    return ours.keys() == others.keys() and all(
+        ours[k].dtype == others[k].dtype and torch.equal(ours[k], others[k]) for k in ours
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- bytes
+
+
+def test_round_trip_and_layout(tmp_path: Path) -> None:
+    path = save(tmp_path, 12)
+    assert path == tmp_path / "step_00000012" and names(tmp_path) == ["step_00000012"]
+    assert names(path) == sorted([*FILES, "manifest.json", "model.safetensors", "optimizer.safetensors"])
+    assert equal(checkpoint.load(path), tensors(12)["model"])
+    assert equal(checkpoint.load(path, "optimizer"), tensors(12)["optimizer"])
+    assert (path / "config.json").read_bytes() == FILES["config.json"]
+    manifest = checkpoint.verify(path)
+    assert manifest["step"] == 12 and set(manifest["files"]) == set(names(path)) - {"manifest.json"}
+
+
+def test_the_format_is_that_of_the_safetensors_library(tmp_path: Path) -> None:
+    """Every dtype, views, shared storage, gaps, scalars and empty tensors, with odd sizes so that alignment matters."""
+    stacked = torch.randn(3, 4, 5)
+    state = {str(dtype): torch.arange(7).to(dtype) for dtype in checkpoint.SAFETENSORS_DTYPES}
+    state |= {
+        "a": stacked,
+        "b": stacked[1],
+        "c": stacked.mT,
+        "d": stacked[:, ::2, 1:3],
+        "e": stacked[0, 0].expand(6, 5),
+    }
+    state |= {
+        "every second": torch.arange(9.0)[::2],
+        "scalar": torch.tensor(3.5),
+        "none": torch.empty(0, 4),
+        "grad": torch.ones(2, requires_grad=True),
+    }
+    state |= {"ünï\n": torch.ones(1, dtype=torch.bool)}
+    path = checkpoint.save(tmp_path, 1, {"model": state, "optimizer": {}}, {}, keep=1)
+    assert equal(safetensors.torch.load_file(path / "model.safetensors"), state)
+    assert equal(checkpoint.load(path), state)
+    assert checkpoint.load(path, "optimizer") == {}
+    with safe_open(path / "model.safetensors", "pt") as handle:
+        assert handle.metadata() == {"format": "pt"}
+    content = (path / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0
+    for name, tensor in state.items():
+        assert header[name]["data_offsets"][0] % tensor.itemsize == 0  # aligned: readers map the file
+
+
+def test_other_dtypes_on_the_way_out(tmp_path: Path) -> None:
+    state = {"a": torch.randn(4), "b": torch.randn(4)}
+    entries = checkpoint.write(tmp_path, {"model": state}, {}, dtypes={"a": torch.bfloat16})
+    assert equal(checkpoint.load(tmp_path), {"a": state["a"].bfloat16(), "b": state["b"]})
+    assert entries["model.safetensors"]["bytes"] == (tmp_path / "model.safetensors").stat().st_size
+
+
+def test_bytes_depend_on_the_content_alone(tmp_path: Path) -> None:
+    first = save(tmp_path / "one", 3, max_shard_bytes=300)
+    reordered = {group: dict(reversed(state.items())) for group, state in reversed(tensors(3).items())}
+    files = dict(reversed(FILES.items()))
+    second = checkpoint.save(tmp_path / "elsewhere" / "two", 3, reordered, files, keep=1, max_shard_bytes=300)
+    assert names(first) == names(second)
+    for file in names(first):
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+
+
+def test_shards(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, max_shard_bytes=300)  # a tensor has 140 bytes
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert set(shards) < set(names(path)) and "model.safetensors" not in names(path)
+    index = json.loads((path / "model.safetensors.index.json").read_bytes())
+    assert index["metadata"] == {"total_size": 4 * 140} and set(index["weight_map"].values()) == set(shards)
+    checkpoint.verify(path)
+    assert equal(checkpoint.load(path), tensors(1)["model"])
+    assert len(list(save(tmp_path, 2, max_shard_bytes=1).glob("model-*"))) == 4  # larger than a shard: one each
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "/x", ".hidden", "", "manifest.json", "model.safetensors"])
+def test_names_of_files_are_plain_and_free(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="cannot be a file"):
+        checkpoint.save(tmp_path, 1, tensors(), {name: b"x"}, keep=1)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tensors_on_a_gpu(tmp_path: Path) -> None:
+    state = {"a": torch.randn(9, 5), "b": torch.arange(3)}
+    path = checkpoint.save(tmp_path, 1, {"model": {k: t.cuda() for k, t in state.items()}}, {}, keep=1)
+    assert equal(checkpoint.load(path), state)
+
+
+# -------------------------------------------------------------------------------------------------------------- damage
+
+
+def damages(path: Path) -> list[tuple[str, Callable[[], object]]]:
+    """(file, what to do to it) for cuts, additions, deletion, and flipped bits all over every file."""
+    found: list[tuple[str, Callable[[], object]]] = []
+    for file in path.iterdir():
+        content = file.read_bytes()
+        cuts = {0, 1, len(content) // 2, len(content) - 1} if content else set()
+        changed = [content[:cut] for cut in cuts if cut < len(content)] + [content + b"\0"]
+        stride = 7 if file.name == "manifest.json" else 41
+        for bit in range(0, 8 * len(content), stride):
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            changed.append(bytes(flipped))
+        found += [(file.name, lambda file=file, bad=bad: file.write_bytes(bad)) for bad in changed]
+        found.append((file.name, file.unlink))
+    return found
+
+
+def test_every_damage_is_found_and_named(tmp_path: Path) -> None:
+    path = save(tmp_path, 20)
+    backup = {file: file.read_bytes() for file in path.iterdir()}
+    cases = damages(path)
+    assert len(cases) > 800
+    for name, damage in cases:
+        damage()
+        with pytest.raises(CheckpointError) as error:
+            checkpoint.verify(path)
+        assert name in str(error.value) or name == "manifest.json"  # which may then accuse another file
+        (path / name).write_bytes(backup[path / name])
+    checkpoint.verify(path)
+
+
+def test_a_file_that_would_shadow_a_verified_one(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, max_shard_bytes=300)
+    (path / "notes.txt").write_text("mine")
+    checkpoint.verify(path)
+    safetensors.torch.save_file({"evil": torch.ones(1)}, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not in the manifest"):
+        checkpoint.verify(path)
+
+
+def test_a_renamed_checkpoint_is_not_another_step(tmp_path: Path) -> None:
+    os.rename(save(tmp_path, 1), tmp_path / "step_00000002")
+    with pytest.raises(CheckpointError, match="says step 1"):
+        checkpoint.verify(tmp_path / "step_00000002")
+    os.rename(tmp_path / "step_00000002", tmp_path / "best")
+    assert checkpoint.verify(tmp_path / "best")["step"] == 1
+
+
+def test_unreadable_file(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    (path / "empty.txt").unlink()
+    (path / "empty.txt").mkdir()
+    with pytest.raises(CheckpointError, match=r"empty\.txt"):
+        checkpoint.verify(path)
+
+
+def test_latest_falls_back_and_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert checkpoint.latest(tmp_path / "nothing") is None and checkpoint.latest(tmp_path) is None
+    good, middle, newest = (save(tmp_path, step) for step in (100, 200, 300))
+    for other in ("my-step_00000900-bak", "step_00000900.tmp-0123abcd", "step_00000900.trash-0123abcd", "step_900"):
+        shutil.copytree(good, tmp_path / other)
+    (tmp_path / "step_00000900").write_text("a file")
+    before = names(tmp_path)
+    assert checkpoint.latest(tmp_path) == newest and not caplog.records
+    (newest / "optimizer.safetensors").unlink()
+    (middle / "manifest.json").write_text("[]")
+    assert checkpoint.latest(tmp_path) == good
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "optimizer.safetensors: missing" in caplog.text and "not a JSON object" in caplog.text
+    assert names(tmp_path) == before
+
+
+# ----------------------------------------------------------------------------------------------- retention, same step
+
+
+def test_keeps_the_newest(tmp_path: Path) -> None:
+    (tmp_path / "my-step_00000001-bak").mkdir()
+    for step in (1, 2, 3, 4, 5):
+        save(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["my-step_00000001-bak", "step_00000004", "step_00000005"]
+    save(tmp_path, 3, keep=2)  # resumed from an older checkpoint: what was just written stays
+    assert names(tmp_path) == ["my-step_00000001-bak", "step_00000003", "step_00000004", "step_00000005"]
+
+
+def test_same_step_again(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    inode = path.stat().st_ino
+    assert save(tmp_path, 5) == path and path.stat().st_ino == inode  # equal: left alone
+    save(tmp_path, 5, seed=99)
+    assert equal(checkpoint.load(path), tensors(99)["model"])
+    (path / "model.safetensors").write_bytes(b"damaged")
+    save(tmp_path, 5, seed=99)
+    assert checkpoint.verify(path) and names(tmp_path) == ["step_00000005"]
+
+
+def test_a_failing_deletion_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 1)
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if "trash" in target.name:
+            raise PermissionError(errno.EACCES, "in use")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse)
+        save(tmp_path, 2, keep=1)
+    assert "cannot delete checkpoint" in caplog.text and len(names(tmp_path)) == 2
+    save(tmp_path, 3, keep=1)
+    assert names(tmp_path) == ["step_00000003"]
+
+
+# ------------------------------------------------------------------------------------------------------------- crashes
+
+BOUNDARIES = ((os, "fsync"), (os, "rename"), (os, "mkdir"), (shutil, "rmtree"), (os, "unlink"), (os, "rmdir"))
+
+
+def interrupt(patch: pytest.MonkeyPatch, at: int, act: Callable[[], object]) -> None:
+    """Call `act` instead of the `at`-th I/O boundary."""
+    calls = 0
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                act()
+            return function(*args, **kwargs)
+
+        return counted
+
+    for module, name in BOUNDARIES:
+        patch.setattr(module, name, wrap(getattr(module, name)))
+
+
+def killed(at: int, work: Callable[[], object]) -> bool:
+    """Run `work` in a child that dies, without any clean-up, at its `at`-th I/O boundary; whether it died."""
+    child = os.fork()
+    if child == 0:
+        try:
+            interrupt(pytest.MonkeyPatch(), at, lambda: os._exit(9))
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 9)
+    return status == 9
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize(("keep", "step", "seed"), [(2, 30, 30), (1, 30, 30), (1, 20, 77), (2, 20, 77)])
+def test_killed_at_every_boundary(tmp_path: Path, keep: int, step: int, seed: int) -> None:
+    """A new step with deletion of the oldest, and a step written anew with other content."""
+    for at in range(1, 100):
+        root = tmp_path / str(at)
+        for old in (10, 20):
+            save(root, old, keep=2)
+        shutil.copytree(root / "step_00000010", root / "step_00000010.tmp-00000000")  # of an earlier dead save
+        died = killed(at, lambda root=root: save(root, step, seed=seed, keep=keep))
+        newest = checkpoint.latest(root)
+        assert newest is not None
+        if newest.name == "step_00000030":
+            assert equal(checkpoint.load(newest), tensors(30)["model"])
+        else:
+            assert newest.name.startswith("step_00000020")
+            assert any(equal(checkpoint.load(newest), tensors(content)["model"]) for content in (20, seed))
+        save(root, 40, keep=keep)
+        assert all(checkpoint.STEP.fullmatch(name) for name in names(root)) and len(names(root)) <= keep
+        assert checkpoint.latest(root) == root / "step_00000040"
+        if not died:
+            break
+    else:
+        pytest.fail("never completed")
+    assert at > 10
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_failing_at_every_boundary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """An error leaves the older checkpoint, and no temporary directory on a disk that may be full."""
+
+    failed: list[int] = []
+
+    def fail() -> None:
+        failed.append(at)
+        raise error
+
+    for at in range(1, 100):
+        root = tmp_path / str(at)
+        save(root, 10)
+        with monkeypatch.context() as patch, contextlib.suppress(OSError, KeyboardInterrupt):
+            interrupt(patch, at, fail)
+            save(root, 20, keep=1)
+        newest = checkpoint.latest(root)
+        assert newest is not None and newest.name in ("step_00000010", "step_00000020")
+        if newest.name == "step_00000010":
+            assert names(root) == ["step_00000010"]
+        save(root, 30, keep=1)
+        assert names(root) == ["step_00000030"]
+        if at not in failed:
+            break
+    assert len(failed) > 10
+
+
+def test_directories_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(code: int) -> Callable[[int], None]:
+        def fsync(descriptor: int) -> None:
+            raise OSError(code, "refused")
+
+        return fsync
+
+    monkeypatch.setattr(os, "fsync", refuse(errno.EINVAL))
+    checkpoint._sync_directory(tmp_path)
+    monkeypatch.setattr(os, "fsync", refuse(errno.EIO))
+    with pytest.raises(OSError, match="refused"):
+        checkpoint._sync_directory(tmp_path)
+    monkeypatch.setattr(os, "name", "nt")
+    checkpoint._sync_directory(tmp_path)
+    monkeypatch.undo()
+
+
+# ---------------------------------------------------------------------------------------------------------------- find
+
+
+def test_find(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    old, new = save(run / "checkpoints", 1), save(run / "checkpoints", 2)
+    for given in (run, run / "checkpoints", new, str(new)):
+        assert checkpoint.find(given) == new
+    assert checkpoint.find(old) == old
+    (new / "config.json").unlink()
+    assert checkpoint.find(run) == old
+    with pytest.raises(CheckpointError, match=r"config\.json: missing"):
+        checkpoint.find(new)
+    (old / "config.json").unlink()
+    with pytest.raises(UserError, match="2 checkpoints, all of them damaged"):
+        checkpoint.find(run)
+
+
+def test_find_model_directories(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).touch()
+        assert checkpoint.find(folder) == folder
+    with pytest.raises(UserError, match="no such directory"):
+        checkpoint.find(tmp_path / "nothing")
+    with pytest.raises(UserError, match="no such directory"):
+        checkpoint.find(tmp_path / "model.safetensors" / "model.safetensors")
+    with pytest.raises(UserError, match=r"no model here; looked for model\.safetensors"):
+        checkpoint.find(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- foreign files
+
+
+def foreign_index(path: Path, weight_map: object) -> None:
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    "file", ["../secret.safetensors", "/etc/passwd", "a/b", "a\\b", "C:\\x", "..", "", 7, None, "-x"]
+)
+def test_an_index_cannot_point_elsewhere(tmp_path: Path, file: object) -> None:
+    foreign_index(tmp_path, {"a": file})
+    with pytest.raises(CheckpointError, match="not the plain name"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "char 0"),
+        (b"[1]", "not a JSON object"),
+        (b"{}", "no weight_map"),
+        (b'{"weight_map": {}}', "no weight_map"),
+        (b'{"a":' * 200_000, "recursion"),
+        (b"\xff{}", "decode"),
+        (b'{"weight_map": {"a": "gone.safetensors"}}', r"gone\.safetensors: missing"),
+    ],
+)
+def test_bad_indexes(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=reason):
+        checkpoint.load(tmp_path)
+
+
+def test_an_index_larger_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "MAX_JSON_BYTES", 100)
+    foreign_index(tmp_path, {"a": "b" * 100})
+    with pytest.raises(CheckpointError, match="larger than 100 bytes"):
+        checkpoint.load(tmp_path)
+
+
+def test_bad_safetensors(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
+        checkpoint.load(tmp_path)
+    file = tmp_path / "model.safetensors"
+    for content in (b"", b"\x80\x02}q\x00.", b"{}", bytes(8), (9).to_bytes(8, "little") + b"{" * 9):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+            checkpoint.load(tmp_path)
+    file.write_bytes((2**40).to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match="a header of 1099511627776 bytes"):
+        checkpoint.load(tmp_path)
+    huge = b'{"a":{"dtype":"F32","shape":[99999999999,999],"data_offsets":[0,4]}}'
+    file.write_bytes(len(huge).to_bytes(8, "little") + huge + bytes(4))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_tensor_that_its_shard_lacks(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "part.safetensors")
+    foreign_index(tmp_path, {"a": "part.safetensors", "b": "part.safetensors"})
+    with pytest.raises(CheckpointError, match=r"part\.safetensors: .*b"):
+        checkpoint.load(tmp_path)
+    foreign_index(tmp_path, {"a": "part.safetensors"})
+    assert equal(checkpoint.load(tmp_path), {"a": torch.ones(1)})

@@ -1,0 +1,164 @@
+"""Muon against torch.optim.Muon and the muon-optimizer package; schedules, clipping, router biases, loss scale."""
+
+from __future__ import annotations
+
+import math
+
+import muon as muon_package
+import pytest
+import torch
+
+from config import OptimConfig
+from model import moe_layers
+from optim import LossScale, Muon, Optimizers, clip_gradients, lr_at, newton_schulz, update_router_bias, uses_muon
+from test_model import build, losses_of, tiny, tokens_for
+
+
+def matrices(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+def test_muon_equals_torch_optim_muon(shape: tuple[int, int]) -> None:
+    ours, theirs = (torch.nn.Parameter(matrices(*shape)) for _ in range(2))
+    our = Muon([ours], lr=0.02, momentum=0.95, weight_decay=0.1)
+    their = torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(5):
+        ours.grad = matrices(*shape, seed=step + 1)
+        theirs.grad = ours.grad.clone()
+        our.step()
+        their.step()
+        # both iterate in bf16; the products' order of summation differs
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
+
+
+def test_muon_equals_the_muon_optimizer_package() -> None:
+    """Same momentum and iteration; the package scales by sqrt(max(1, rows / cols)) and applies no learning-rate match."""
+    ours, theirs = (torch.nn.Parameter(matrices(40, 24)) for _ in range(2))
+    our = Muon([ours], lr=0.02, momentum=0.95, weight_decay=0.0)
+    scale = 0.2 * math.sqrt(40) / math.sqrt(40 / 24)
+    their = muon_package.SingleDeviceMuon([theirs], lr=0.02 * scale, momentum=0.95, weight_decay=0.0)
+    for step in range(5):
+        ours.grad = matrices(40, 24, seed=step + 1)
+        theirs.grad = ours.grad.clone()
+        our.step()
+        their.step()
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
+
+
+def test_stacked_experts_and_fused_halves_move_like_single_matrices() -> None:
+    stacked = torch.nn.Parameter(matrices(3, 16, 12))
+    singles = [torch.nn.Parameter(part.clone()) for expert in stacked.data for part in expert.chunk(2)]
+    one = Muon([{"params": [stacked], "split": 2}], lr=0.05, ns_dtype=torch.float32)
+    many = Muon(singles, lr=0.05, ns_dtype=torch.float32)
+    for step in range(3):
+        stacked.grad = matrices(3, 16, 12, seed=step + 1)
+        parts = [part for expert in stacked.grad for part in expert.chunk(2)]
+        for single, part in zip(singles, parts, strict=True):
+            single.grad = part.clone()
+        one.step()
+        many.step()
+    moved = torch.stack([single.detach() for single in singles])
+    torch.testing.assert_close(stacked.detach().view(6, 8, 12), moved, atol=1e-5, rtol=1e-5)
+
+
+def test_newton_schulz_orthogonalises_and_ignores_scale() -> None:
+    matrix = matrices(4, 16, 30)
+    out = newton_schulz(matrix, torch.float32)
+    values = torch.linalg.svdvals(out)
+    assert values.min() > 0.5 and values.max() < 1.3
+    torch.testing.assert_close(newton_schulz(matrix * 1e-6, torch.float32), out, atol=1e-4, rtol=1e-3)
+    assert torch.equal(newton_schulz(torch.zeros(1, 4, 5), torch.float32), torch.zeros(1, 4, 5))
+
+
+def test_every_parameter_has_the_right_optimizer() -> None:
+    model = build(tiny())
+    names = {name for name, parameter in model.named_parameters() if uses_muon(name, parameter)}
+    assert {"mtp.0.eh_proj.weight", "model.layers.1.mlp.experts.down_proj", "model.layers.0.mlp.up_proj.weight"} <= names
+    others = dict(model.named_parameters()).keys() - names
+    assert all("norm" in n or "embed" in n or "lm_head" in n or n.endswith("gate.weight") for n in others)
+    optimizers = Optimizers(model, OptimConfig(), ns_dtype=torch.float32)
+    assert sum(len(group["params"]) for opt in optimizers.all for group in opt.param_groups) == len(names) + len(others)
+    assert len(Optimizers(model, OptimConfig(name="adamw"), ns_dtype=torch.float32).all) == 1
+
+
+def test_state_round_trip_continues_identically() -> None:
+    cfg = tiny()
+    tokens, targets = tokens_for(cfg), tokens_for(cfg, length=25, seed=9)
+    left, right = build(cfg), build(cfg)
+    one = Optimizers(left, OptimConfig(), ns_dtype=torch.bfloat16)
+    two = Optimizers(right, OptimConfig(), ns_dtype=torch.bfloat16)
+
+    def train(model, optimizers) -> None:
+        optimizers.zero_grad()
+        losses_of(model, tokens, targets).loss.backward()
+        optimizers.step(1e-2)
+
+    train(left, one)
+    right.load_state_dict(left.state_dict())
+    two.load({name: tensor.clone() for name, tensor in one.state().items()})
+    train(left, one)
+    train(right, two)
+    assert all(torch.equal(a, b) for a, b in zip(left.parameters(), right.parameters(), strict=True))
+    assert one.state().keys() == two.state().keys()
+    with pytest.raises(ValueError, match="nowhere"):
+        two.load({"nowhere.weight.momentum": torch.zeros(1)})
+    with pytest.raises(ValueError, match="shape"):
+        two.load({"lm_head.weight.exp_avg": torch.zeros(1)})
+
+
+def test_clip_gradients_equals_torch() -> None:
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(5, 4)), torch.nn.Parameter(torch.zeros(7))] for _ in range(2))
+    for factor in (0.01, 10.0):
+        for a, b in zip(ours, theirs, strict=True):
+            b.grad = matrices(*b.shape) * factor
+            a.grad = b.grad * 256
+        norm = clip_gradients(ours, 1.0, scale=256)
+        torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, 1.0))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_schedules() -> None:
+    wsd = OptimConfig(lr=1.0, warmup=0.1, decay=0.2, min_lr=0.1, schedule="wsd")
+    values = [lr_at(step, 100, wsd) for step in range(100)]
+    assert values[0] == pytest.approx(0.1) and values[9] == 1.0 and values[10:81] == [1.0] * 71
+    assert values[90] == pytest.approx(0.55) and values[99] == pytest.approx(0.1 + 0.9 * 0.05)
+    cosine = OptimConfig(lr=1.0, warmup=0.1, min_lr=0.1, schedule="cosine")
+    values = [lr_at(step, 100, cosine) for step in range(100)]
+    assert values[10] == 1.0 and values[99] == pytest.approx(0.1) and values == sorted(values[:10]) + values[10:]
+    assert all(a >= b for a, b in zip(values[10:], values[11:], strict=False))
+    assert lr_at(0, 1, cosine) == 1.0 and lr_at(0, 1, wsd.model_copy(update={"warmup": 0.0})) > 0
+
+
+def test_router_bias_moves_once_towards_the_mean() -> None:
+    model = build(tiny())
+    for layer in moe_layers(model):
+        layer.gate.e_score_correction_bias.zero_()
+    counts = torch.tensor([[8, 0, 4, 4, 4, 4, 4, 4]]).repeat(3, 1)
+    update_router_bias(model, counts, 0.01)
+    for layer in moe_layers(model):  # the MTP layer's, too
+        assert layer.gate.e_score_correction_bias.tolist() == pytest.approx([-0.01, 0.01, 0, 0, 0, 0, 0, 0])
+
+
+def test_loss_scale_halves_and_grows() -> None:
+    scale = LossScale(1024.0, growth_interval=2)
+    scale.update(finite=False)
+    assert (scale.value, scale.good_steps) == (512.0, 0)
+    scale.update(finite=True)
+    scale.update(finite=True)
+    assert (scale.value, scale.good_steps) == (1024.0, 0)
+
+
+def test_overfits_one_batch_to_near_zero() -> None:
+    cfg = tiny(vocab_size=31, hidden_size=32)
+    model = build(cfg)
+    optimizers = Optimizers(model, OptimConfig(weight_decay=0.0), ns_dtype=torch.float32)
+    tokens = tokens_for(cfg, batch=2, length=18)
+    out = losses_of(model, tokens[:, :16], tokens[:, 1:])
+    for _ in range(80):
+        optimizers.zero_grad()
+        out = losses_of(model, tokens[:, :16], tokens[:, 1:])
+        out.loss.backward()
+        optimizers.step(2e-2)
+    assert (out.nats / out.num_targets).max() < 0.05

@@ -1,0 +1,297 @@
+"""sources.py and remote.py: every format, every mistake, and the Hub's path against a server on this machine."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import remote
+import sources
+from config import SourceConfig, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def resolve(path, **settings):
+    return sources.resolve([SourceConfig(path=str(path), **settings)])
+
+
+def texts(manifest):
+    return [text for unit in manifest.units for text in sources.read_unit(unit).texts]
+
+
+def skipped(manifest):
+    return sum(sources.read_unit(unit).skipped for unit in manifest.units)
+
+
+def write_parquet(path, values, row_group_size=2, column="text"):
+    table = pa.table({"other": list(range(len(values))), column: values})
+    pq.write_table(table, path, row_group_size=row_group_size)
+
+
+# ---- formats
+
+
+def test_parquet_row_groups_are_units(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["one", None, "", "two", " \n", "drei ß"])
+    manifest = resolve(tmp_path / "a.parquet")
+    assert [(unit.kind, unit.start) for unit in manifest.units] == [("parquet", 0), ("parquet", 1), ("parquet", 2)]
+    assert texts(manifest) == ["one", "two", "drei ß"]
+
+
+def test_parquet_with_bytes_that_are_no_utf8(tmp_path):
+    broken = pa.array([b"good", b"\xff\xfe", None]).view(pa.string())
+    pq.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
+    assert texts(resolve(tmp_path)) == ["good"] and skipped(resolve(tmp_path)) == 1
+
+
+def test_jsonl_skips_and_counts_what_it_cannot_read(tmp_path):
+    lines = [b'\xef\xbb\xbf{"text": "first"}\r', b"", b"{broken", b'{"text": 3}', b'{"other": "x"}', b'{"text": "\xff"}']
+    lines += [b"[1]", b'{"text": "\\ud800"}', b'{"text": ""}', '{"text": "läst"}'.encode()]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    manifest = resolve(tmp_path / "a.jsonl")
+    assert texts(manifest) == ["first", "läst"] and skipped(manifest) == 6
+
+
+def test_txt_alone_is_blocks_packed_to_documents(tmp_path):
+    blocks = [f"block {i}\r\nof {'words ' * 50}" for i in range(200)]
+    data = b"\xef\xbb\xbf" + "\r\n \r\n".join(blocks).encode() + b"\r\n\r\n\r\nbad \xff byte\n\n\n"
+    (tmp_path / "a.txt").write_bytes(data)
+    documents = texts(resolve(tmp_path / "a.txt"))
+    assert documents == texts(resolve(tmp_path))
+    sizes = [len(document.encode()) for document in documents]
+    assert all(8192 <= size < 9000 for size in sizes[:-1]) and len(sizes) > 5
+    joined = "\n \n".join(documents)
+    assert "\r" not in joined and not joined.startswith("\ufeff") and "bad \ufffd byte" in joined
+    assert [line for line in joined.split("\n") if line.startswith("block")] == [f"block {i}" for i in range(200)]
+
+
+def test_txt_without_blank_lines_is_cut_at_line_ends(tmp_path):
+    lines = [f"line {i} " + "x" * 100 for i in range(5000)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    documents = texts(resolve(tmp_path))
+    assert "\n".join(documents).split("\n") == lines
+    assert max(map(len, documents)) < 70_000
+
+
+def test_txt_files_of_a_folder_are_documents(tmp_path):
+    for name, text in {"b.txt": "b\n\nb2", "sub/a.txt": "a", "empty.txt": "", ".hidden/c.txt": "c", "n.md": "m"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert texts(resolve(tmp_path)) == ["b\n\nb2", "a"]
+    assert texts(resolve(tmp_path / "*.txt")) == ["b\n\nb2"]
+    assert texts(resolve(tmp_path / "**" / "*.txt")) == ["b\n\nb2", "a"]
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 7, 64, 1000])
+def test_units_part_a_text_file(tmp_path, monkeypatch, unit_bytes):
+    lines = [json.dumps({"text": f"document {i} " + "x" * (i * 37 % 150)}) for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.txt").write_text("\n\n".join(f"block {i}\n{'y' * (i * 53 % 90)}" + "\n" * (i % 3) for i in range(40)))
+    monkeypatch.setattr(sources, "UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr(sources, "BLOCK_DOCUMENT_BYTES", 1)
+    assert texts(resolve(tmp_path / "a.jsonl")) == [json.loads(line)["text"] for line in lines]
+    blocks = [line for text in texts(resolve(tmp_path / "b.txt")) for line in text.split("\n") if line.startswith("b")]
+    assert blocks == [f"block {i}" for i in range(40)]
+
+
+# ---- fingerprint
+
+
+def test_fingerprint_follows_content_not_place(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.txt").write_text("hello")
+    write_parquet(tmp_path / "a" / "y.parquet", ["p", "q", "r"])
+    before = resolve(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "elsewhere" / "b")
+    assert resolve(tmp_path / "elsewhere" / "b").fingerprint == before.fingerprint
+    assert pickle.loads(pickle.dumps(before)) == before
+    (tmp_path / "a" / "x.txt").write_text("hallo")
+    assert resolve(tmp_path / "a").fingerprint != before.fingerprint
+
+
+def test_fingerprint_of_large_files_reads_their_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "HASH_WHOLE_BYTES", 100)
+    (tmp_path / "a.txt").write_text("word " * 1_000_000)
+    before = resolve(tmp_path).fingerprint
+    assert resolve(tmp_path).fingerprint == before
+    (tmp_path / "a.txt").write_text("word " * 999_999 + "worb ")
+    assert resolve(tmp_path).fingerprint != before
+
+
+def test_paths_are_relative_to_here_then_to_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    manifest = resolve("corpus/austen.parquet")
+    assert len(manifest.units) == 9 and len(texts(manifest)) == 270
+    (tmp_path / "corpus").mkdir()
+    write_parquet(tmp_path / "corpus" / "austen.parquet", ["mine"])
+    assert texts(resolve("corpus/austen.parquet")) == ["mine"]
+
+
+# ---- mistakes
+
+
+def test_mistakes_say_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_parquet(tmp_path / "corpus.parquet", ["x"], column="content")
+    (tmp_path / "a.jsonl").write_text('{"content": "x"}\n')
+    (tmp_path / "list.jsonl").write_text('[{"text": "x"}]')
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet")
+    (tmp_path / "notes.docx").write_bytes(b"x")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "none").mkdir()
+    for path, message in {
+        "corpus.parket": "did you mean 'corpus.parquet'",
+        "corpuz": "no such file.*did you mean 'corpus'",
+        "./nothing/here.txt": "no such file, folder or glob match",
+        "*.arrow": "no such file, folder or glob match",
+        "corpus.parquet": "no text column 'text' .text_field.; its columns: other .int64., content .string.",
+        "a.jsonl": "no key 'text' .text_field.; its keys: content",
+        "list.jsonl": "expected one JSON object a line, found a list",
+        "broken.parquet": "no readable Parquet",
+        "notes.docx": "expected one of .parquet .jsonl .txt",
+        "empty.txt": "holds no documents",
+        "none": "holds no .parquet .jsonl .txt file",
+    }.items():
+        with pytest.raises(UserError, match=message) as caught:
+            resolve(path)
+        assert "\n" not in str(caught.value)
+    assert texts(resolve("corpus.parquet", text_field="content")) == ["x"]
+
+
+def test_a_file_that_goes_away(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    manifest = resolve(tmp_path / "a.txt")
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        sources.read_unit(manifest.units[0])
+
+
+# ---- the Hub
+
+CARD = b"""---
+configs:
+- config_name: default
+  data_files: [{split: train, path: data/*}]
+- config_name: sample-10BT
+  data_files: [{split: train, path: sample/10BT/*}]
+- config_name: csv
+  data_files: [{split: train, path: csv/*}]
+---
+"""
+HUB_CLIENT = """
+import json, sys
+import remote, sources
+from config import SourceConfig, UserError
+results = []
+for settings in json.loads(sys.argv[1]):
+    try:
+        manifest = sources.resolve([SourceConfig(**settings)])
+        documents = [text for unit in manifest.units for text in sources.read_unit(unit).texts]
+        results.append([manifest.fingerprint, [unit.path for unit in manifest.units], documents])
+    except UserError as error:
+        results.append(str(error))
+print(json.dumps(results))
+"""
+
+
+def ask_hub(settings, endpoint, home, **extra):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **extra}
+    env["HF_ENDPOINT"] = endpoint
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", HUB_CLIENT, json.dumps(settings)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=50)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def parquet_bytes(values):
+    stream = io.BytesIO()
+    ballast = [os.urandom(4000) for _ in values]  # a column that must not be fetched
+    pq.write_table(pa.table({"ballast": ballast, "text": values}), stream, row_group_size=20)
+    return stream.getvalue()
+
+
+def test_hub_row_groups_stream_by_ranges_through_faults(tmp_path):
+    documents = [f"document {i}" for i in range(90)]
+    shards = {"000": parquet_bytes(documents[:50]), "001": parquet_bytes(documents[50:])}
+    files = {f"sample/10BT/{name}_00000.parquet": data for name, data in shards.items()}
+    files |= {"README.md": CARD, "data/0.parquet": parquet_bytes(["full"]), "csv/a.csv": b"text\nx\n"}
+    base = {"path": "owner/set", "name": "sample-10BT"}
+    asked = [
+        base,
+        {**base, "revision": fake_hub.COMMIT},
+        {**base, "name": "sample-1BT"},
+        {**base, "split": "test"},
+        {**base, "text_field": "body"},
+        {**base, "revision": "nope"},
+        {**base, "path": "owner/other"},
+        {**base, "name": "csv"},
+    ]
+    with fake_hub.FakeHub("owner/set", files) as hub:
+        hub.faults = ["", "", "429", "", "503", "", "reset", "", "truncate"]  # the first two are the footers
+        first, pinned, *problems = ask_hub(asked, hub.endpoint, tmp_path)
+        log, sent_bytes = hub.log, hub.sent_bytes
+    assert not hub.faults
+    assert first[2] == pinned[2] == documents and first[0] == pinned[0]
+    assert first[1][0] == f"hf://datasets/owner/set@{fake_hub.COMMIT}/sample/10BT/000_00000.parquet"
+    ranges = [path for method, path, span in log if span]
+    assert len(ranges) == 2 + 2 * 5 + 4  # footers once, a request for each row group, four tried again
+    assert not [path for method, path, span in log if method == "GET" and path.endswith(".parquet") and not span]
+    assert sent_bytes < 0.8 * sum(map(len, shards.values()))  # mostly the footers' 64 KiB
+    messages = [
+        "'sample-1BT': BuilderConfig 'sample-1BT' not found. Available: ['default', 'sample-10BT', 'csv']",
+        "has no split 'test'; it has: train",
+        "no text column 'body'",
+        "no such revision",
+        "no such repository on the Hub",
+        "keeps its data in '.csv' files",
+    ]
+    for problem, message in zip(problems, messages, strict=True):
+        assert message in problem and "\n" not in problem
+
+
+@pytest.mark.parametrize("setting", [{}, {"HF_HUB_OFFLINE": "1"}])
+def test_without_the_hub_one_line_says_what_to_do(setting, tmp_path):
+    (problem,) = ask_hub([{"path": "HuggingFaceFW/fineweb-edu"}], "http://127.0.0.1:9", tmp_path, **setting)
+    assert "Hub dataset 'HuggingFaceFW/fineweb-edu': the Hugging Face Hub could not be reached" in problem
+    assert "data.sources=FILE" in problem and "--config quickstart" in problem and "\n" not in problem
+
+
+def test_retries_are_bounded_and_only_for_what_may_pass(monkeypatch):
+    from huggingface_hub import errors
+
+    clock = [0.0]
+    monkeypatch.setattr(remote.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(remote.time, "sleep", lambda wait: clock.__setitem__(0, clock[0] + wait))
+    calls = []
+
+    def read():
+        calls.append(clock[0])
+        if len(calls) < 4:
+            raise TimeoutError("slow")
+        return "data"
+
+    assert remote.retry(read, "file") == "data" and len(calls) == 4 and 3 < clock[0] < 8
+    calls.clear()
+
+    def barred():
+        calls.append(0)
+        response = type("Response", (), {"status_code": 403, "headers": {}, "request": None})()
+        raise errors.HfHubHTTPError("forbidden", response=response)
+
+    with pytest.raises(UserError, match="forbidden"):
+        remote.retry(barred, "file")
+    assert len(calls) == 1
+    clock[0] = 0.0
+    with pytest.raises(UserError, match="could not be read from the Hub .no route"):
+        remote.retry(lambda: (_ for _ in ()).throw(OSError("no route")), "file", seconds=100)
+    assert 30 < clock[0] <= 100

@@ -1,0 +1,127 @@
+"""What a run tells: the progress line, `metrics.jsonl`, `samples.md`. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+LINE_EVERY_SEC = 0.2  # on a terminal
+PLAIN_EVERY_SEC = 30.0  # elsewhere: a line during steps that take long
+
+
+def duration(seconds: float) -> str:
+    """5s, 1m05s, 2h03m, 3d04h."""
+    seconds = round(seconds)
+    for size, unit, rest, rest_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if seconds >= size:
+            return f"{seconds // size}{unit}{seconds % size // rest:02d}{rest_unit}"
+    return f"{seconds}s"
+
+
+class Tracker:
+    """Writes the run's files and the console. With `folder` None (ranks other than 0) it does nothing.
+
+    A terminal gets one line that is rewritten; anything else gets plain lines, one per logged step and, when steps take
+    long, one in between.
+    """
+
+    def __init__(self, folder: Path | None, *, total_steps: int, first_step: int, out: TextIO | None = None):
+        self.folder, self.total_steps, self.first_step = folder, total_steps, first_step
+        self.out = sys.stdout if out is None else out
+        self.live = self.out.isatty()
+        self.start = self.last_line = time.perf_counter()
+        self.summary = ""
+        self.width = 0
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            keep_until(folder, first_step)
+
+    def note(self, text: str = "") -> None:
+        """A line that stays."""
+        if self.folder is not None:
+            self._clear()
+            print(text, file=self.out, flush=True)
+
+    def progress(self, done: float, doing: str = "") -> None:
+        """`done` steps of the whole run, with the fraction of the step under way."""
+        now = time.perf_counter()
+        if self.folder is None or now - self.last_line < (LINE_EVERY_SEC if self.live else PLAIN_EVERY_SEC):
+            return
+        self.last_line = now
+        line = "  ".join(part for part in (self._where(done), self.summary, doing) if part)
+        if not self.live:
+            print(line, file=self.out, flush=True)
+            return
+        line = line[: max(20, os.get_terminal_size(self.out.fileno()).columns - 1)]
+        print("\r" + line.ljust(self.width), end="", file=self.out, flush=True)
+        self.width = len(line)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """One object in `metrics.jsonl` and one line on the console, after `step` steps."""
+        if self.folder is None:
+            return
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+        self.summary = "  ".join(
+            f"{label} {metrics[key]:{form}}"
+            for key, label, form in (
+                ("loss", "loss", ".4f"), ("val_bpb", "val bits/byte", ".3f"), ("lr", "lr", ".2e"),
+                ("tokens_per_sec", "tok/s", ",.0f"), ("mfu", "MFU", ".1%"),
+            )
+            if metrics.get(key) is not None
+        )  # fmt: skip
+        self.last_line = time.perf_counter()
+        self._clear()
+        print(f"{self._where(step)}  {self.summary}", file=self.out, flush=True)
+
+    def samples(self, step: int, prompts_and_texts: list[tuple[str, str]]) -> None:
+        """Append a section to `samples.md`."""
+        if self.folder is None:
+            return
+        quoted = "".join(f"{_quote(f'**{prompt}**{text}')}\n\n" for prompt, text in prompts_and_texts)
+        with open(self.folder / "samples.md", "a", encoding="utf-8") as file:
+            file.write(f"## Step {step}\n\n{quoted}")
+
+    def _where(self, done: float) -> str:
+        elapsed, fresh = time.perf_counter() - self.start, done - self.first_step
+        left = duration(elapsed / fresh * (self.total_steps - done)) if fresh > 0 else "?"
+        return f"step {int(done)}/{self.total_steps}  {left} left"
+
+    def _clear(self) -> None:
+        if self.live and self.width:
+            print("\r" + " " * self.width + "\r", end="", file=self.out)
+            self.width = 0
+
+
+def _quote(text: str) -> str:
+    return "\n".join(f"> {line}" for line in text.splitlines())
+
+
+def keep_until(folder: Path, step: int) -> None:
+    """Drop metrics and samples of later steps: a resumed run makes them again. A half-written last line goes, too."""
+    metrics, samples = folder / "metrics.jsonl", folder / "samples.md"
+    if metrics.exists():
+        kept = []
+        for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        _replace(metrics, "".join(kept))
+    if samples.exists():
+        sections = re.split(r"(?m)^(?=## Step \d+$)", samples.read_text(encoding="utf-8", errors="replace"))
+        kept = [part for part in sections if part and int(re.findall(r"\d+", part)[0]) <= step]
+        _replace(samples, "".join(kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,567 @@
+"""Train a DeepSeek-V3: `python train.py --config quickstart`, `torchrun --standalone --nproc_per_node=8 train.py`.
+
+From here to the loss: `main` -> `train` -> `train_step` -> `DeepSeekV3.forward` in model.py.
+torch is imported inside functions, so that a mistake in the configuration is told at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import config as configuration
+from config import Config, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerFast
+
+    from data import Batch
+    from model import DeepSeekV3
+    from optim import LossScale, Optimizers
+    from parallel import Mesh
+    from resume import TrainState
+    from tracker import Tracker
+
+DIVERGED_AFTER = 20  # steps in a row without a finite gradient
+EXIT_CODES = "exit codes: 0 finished, 1 failed, 2 bad input, 130 stopped by SIGINT, 143 stopped by SIGTERM (both saved)"
+
+
+# ------------------------------------------------------------------------------------------------------------ one step
+
+
+@dataclass
+class Run:
+    """What a step needs."""
+
+    config: Config
+    mesh: Mesh
+    model: DeepSeekV3
+    replica: nn.Module  # the model, under DDP when there are several ranks
+    optimizers: Optimizers
+    scale: LossScale
+    steps: int
+    stop: StopFlag
+    tracker: Tracker
+
+    def weight_at(self, step: int) -> float:
+        """The MTP loss's weight: the first one, then the final one (2412.19437, section 4.2)."""
+        train = self.config.train
+        return train.mtp_weight if step < train.mtp_switch * self.steps else train.mtp_weight_final
+
+
+def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
+    """One optimizer step over this rank's rows; its metrics, or None when a signal stopped it before anything changed."""
+    import torch
+
+    from model import LossWeights
+    from optim import clip_gradients, lr_at, update_router_bias
+    from parallel import synchronised
+
+    config, mesh, depth = run.config, run.mesh, run.config.model.num_nextn_predict_layers
+    seq_len, rows = config.data.seq_len, config.rows_per_step
+    # Sums over global counts: accumulation and uneven ranks are right by construction. DDP divides by the world size.
+    unit = run.scale.value * mesh.world_size / (rows * seq_len)
+    mtp_weight = run.weight_at(step)
+    weights = LossWeights(unit, (unit * mtp_weight / max(1, depth),) * depth, unit * seq_len * config.model.aux_loss_alpha)
+    most = -(-rows // mesh.world_size)
+    parts = micro_batches(len(batch.tokens), -(-most // config.train.micro_batch))
+    run.optimizers.zero_grad()
+    sums: Tensor | None = None
+    for number, part in enumerate(parts):
+        if mesh.any(run.stop.requested):
+            run.optimizers.zero_grad()
+            return None
+        if part.start < part.stop:
+            rows_BX = batch.tokens[part].to(mesh.device, non_blocking=True)
+            with synchronised(run.replica, last=number == len(parts) - 1):
+                out = run.replica(rows_BX[:, :seq_len], rows_BX[:, 1:], loss_weights=weights)
+                out.loss.backward()
+            counted = (out.nats, out.num_correct, out.balance, out.expert_counts)
+            part_sums = torch.cat([tensor.detach().double().flatten() for tensor in counted])
+            sums = part_sums if sums is None else sums + part_sums
+        run.tracker.progress(step + (number + 1) / len(parts), f"micro-batch {number + 1}/{len(parts)}")
+    assert sums is not None
+    mesh.sum(sums)
+    grad_norm = clip_gradients(run.model.parameters(), config.train.grad_clip, run.scale.value).item()
+    finite = math.isfinite(grad_norm) and bool(sums.isfinite().all())
+    lr = lr_at(step, run.steps, config.optim)
+    counts_LE = sums[2 * (1 + depth) + 1 :].view(-1, config.model.n_routed_experts)
+    if finite:  # branch, never multiply: nothing that is not finite reaches a state
+        run.optimizers.step(lr)
+        if step < config.optim.bias_until * run.steps:
+            update_router_bias(run.model, counts_LE, config.optim.bias_speed)
+    if config.train.precision == "fp16" or run.scale.value != 1.0:
+        run.scale.update(finite)
+    metrics = step_metrics(sums[: 2 * (1 + depth) + 1].tolist(), rows * seq_len, rows, mtp_weight, config)
+    return metrics | {"lr": lr, "grad_norm": grad_norm if finite else None, "skipped": not finite, "counts": counts_LE}
+
+
+def micro_batches(rows: int, number: int) -> list[slice]:
+    """Cut `rows` into `number` parts that differ by at most one row, empty ones first: all ranks reduce in the last."""
+    sizes = sorted((part + 1) * rows // number - part * rows // number for part in range(number))
+    ends = [sum(sizes[: part + 1]) for part in range(number)]
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def step_metrics(sums: list[float], tokens: int, rows: int, mtp_weight: float, config: Config) -> dict[str, Any]:
+    """The parts of the loss, over all micro-batches and ranks: nats per token; the balance loss per sequence."""
+    depth = config.model.num_nextn_predict_layers
+    nats, correct, balance = sums[: 1 + depth], sums[1 + depth : 2 * (1 + depth)], sums[-1] / rows
+    metrics: dict[str, Any] = {"loss": nats[0] / tokens, "accuracy": correct[0] / tokens, "balance_loss": balance}
+    total = metrics["loss"] + config.model.aux_loss_alpha * balance
+    if depth:
+        metrics["mtp_loss"] = sum(nats[1:]) / depth / tokens
+        metrics["mtp_accuracy"] = sum(correct[1:]) / depth / tokens
+        total += mtp_weight * metrics["mtp_loss"]
+    metrics["total_loss"] = total
+    return {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+
+
+def expert_metrics(model: DeepSeekV3, counts_LE: Tensor) -> list[dict[str, Any]]:
+    """Per MoE layer (MTP layers last): how evenly one step's tokens fell on the experts, and the router biases' range."""
+    from model import moe_layers
+
+    layers = []
+    for moe, counts_E in zip(moe_layers(model), counts_LE.cpu(), strict=True):
+        share_E = counts_E / counts_E.sum()
+        most = counts_E.argsort(descending=True)[:3].tolist()
+        layers.append({
+            "max_over_mean": round(float(counts_E.max() / counts_E.mean()), 4),
+            "min_over_mean": round(float(counts_E.min() / counts_E.mean()), 4),
+            "entropy": round(float(-(share_E * share_E.clamp(min=1e-30).log()).sum()), 4),
+            "dead": int((counts_E == 0).sum()),
+            "busiest": [[expert, int(counts_E[expert])] for expert in most],
+            "bias_min": round(float(moe.gate.e_score_correction_bias.min()), 6),
+            "bias_max": round(float(moe.gate.e_score_correction_bias.max()), 6),
+        })  # fmt: skip
+    return layers
+
+
+class StopFlag:
+    """Set by SIGINT and SIGTERM, polled between micro-batches; a second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.requested:
+            os._exit(128 + number)
+        self.signal = number
+        os.write(2, b"\nstopping after this micro-batch; once more to stop at once, without saving\n")
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+def train(config: Config, *, resume: str = "auto", allow_cpu: bool = False) -> int:
+    """Train to the end or to a signal; the process's exit code."""
+    import checkpoint
+    import convert
+    import data
+    import evals
+    import parallel
+    import plan
+    import tokenizer as tokenizers
+    from model import count_parameters, flops_per_token, init_weights
+    from optim import LossScale, Optimizers
+    from resume import TrainState, check, learned, pick
+    from tracker import Tracker
+
+    stop = StopFlag()
+    stop.install()
+    run_dir = Path(config.run.dir)
+    with parallel.processes(allow_cpu=allow_cpu) as mesh:
+        if config.rows_per_step < mesh.world_size:
+            raise UserError(
+                f"train.batch_tokens = {config.train.batch_tokens} is {config.rows_per_step} rows of data.seq_len = "
+                f"{config.data.seq_len}: too few for {mesh.world_size} ranks"
+            )
+        precision = parallel.pick_precision(config.train.precision, mesh.device)
+        dtype = parallel.DTYPES[precision]
+        model = plan.meta_model(config.model)
+        counts = count_parameters(model)
+        steps = plan.num_steps(config, counts)
+        flops = flops_per_token(config.model, counts, config.data.seq_len)
+        peak, peak_name = parallel.peak_flops(mesh.device, dtype)
+        if mesh.is_main:
+            warn_if_slow(mesh, flops * steps * config.train.batch_tokens / peak)
+
+        start = mesh.from_main(on_main(mesh, lambda: pick(run_dir, resume)))
+        state = TrainState.read(start) if start is not None else None
+        if state is not None and state.step >= steps:
+            return say_finished(config, state.step, start) if mesh.is_main else 0
+        manifest, threshold, tokenizer = mesh.from_main(on_main(mesh, lambda: open_data(config, start)))
+        fingerprint = tokenizers.fingerprint(tokenizer)
+        if state is not None:
+            check(state, config, sources=manifest.fingerprint, tokenizer=fingerprint, precision=precision)
+            state.config, state.precision = learned(config), precision
+        else:
+            state = TrainState(learned(config), manifest.fingerprint, fingerprint, precision)
+
+        model.set_compute_dtype(dtype, recompute=config.train.recompute)
+        model.to_empty(device=mesh.device)
+        init_weights(model, config.train.seed)
+        ns_dtype = parallel.DTYPES["bf16" if precision == "bf16" else "fp32"]
+        if config.optim.ns_dtype != "auto":
+            ns_dtype = parallel.DTYPES[config.optim.ns_dtype]
+        optimizers = Optimizers(model, config.optim, ns_dtype=ns_dtype)
+        scale = LossScale(2.0**13) if precision == "fp16" else LossScale()
+        if start is not None:
+            model.load_state_dict(convert.load(start)[1])
+            optimizers.load(checkpoint.load(start, "optimizer"))
+            scale = LossScale(**state.loss_scale) if precision == "fp16" and state.loss_scale else scale
+        elif config.train.init_from is not None:
+            load_initial_weights(model, config)
+        tracker = Tracker(run_dir if mesh.is_main else None, total_steps=steps, first_step=state.step)
+        run = Run(config, mesh, model, parallel.parallelize(model, mesh), optimizers, scale, steps, stop, tracker)
+        extra = 1 + config.model.num_nextn_predict_layers
+        held_out = data.validation(
+            manifest, threshold=threshold, tokenizer=tokenizer, seq_len=config.data.seq_len, extra=extra,
+            tokens=config.eval.tokens,
+        )  # fmt: skip
+        if mesh.is_main:
+            (run_dir / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
+            announce(run, counts, state, start, held_out, f"{precision} on {peak_name}: {peak / 1e12:.2f} TFLOP/s")
+        loader = data.loader(
+            manifest, tokenizer, seq_len=config.data.seq_len, extra=extra, rows=config.rows_per_step, rank=mesh.rank,
+            world_size=mesh.world_size, seed=config.train.seed, cursor=data.Cursor.from_dict(state.cursor),
+            threshold=threshold, shuffle_window=config.data.shuffle_window, workers=config.data.workers,
+            pin_memory=mesh.device.type == "cuda",
+        )  # fmt: skip
+        saved, bad_in_a_row = state.step, 0
+        clock = Clock()
+        try:
+            while state.step < steps:
+                batch = clock.wait_for(loader)
+                metrics = train_step(run, state.step, batch)
+                if metrics is None:
+                    break
+                clock.step_done(config.train.batch_tokens)
+                state.step += 1
+                state.tokens += config.train.batch_tokens
+                state.cursor, state.loss_scale = batch.cursor.to_dict(), asdict(scale)
+                bad_in_a_row = bad_in_a_row + 1 if metrics["skipped"] else 0
+                state.skipped_steps += metrics["skipped"]
+                if bad_in_a_row >= DIVERGED_AFTER:
+                    tracker.note(f"no finite gradient for {DIVERGED_AFTER} steps: stopped before saving; lower optim.lr")
+                    return 1
+                last = state.step == steps
+                scores = {}
+                if last or state.step % config.eval.every_steps == 0:
+                    tracker.progress(state.step, "evaluating")
+                    scores = evals.evaluate(
+                        model, held_out, rows=config.train.micro_batch, mesh=mesh,
+                        stopped=lambda: mesh.any(stop.requested),
+                    )  # fmt: skip
+                if scores or last or state.step % config.log.every_steps == 0:
+                    tracker.log(state.step, log_entry(run, state, batch, metrics, clock, flops / peak) | scores)
+                if last or state.step % config.sample.every_steps == 0:
+                    write_samples(run, tokenizer, state.step)
+                if last or state.step % config.checkpoint.every_steps == 0:
+                    save(run, state, tokenizer)
+                    saved = state.step
+            if saved < state.step:
+                save(run, state, tokenizer)
+        finally:
+            loader.close()
+        if state.step < steps:
+            number = stop.signal or signal.SIGTERM  # another rank was told to stop
+            tracker.note(f"stopped by {signal.Signals(number).name} after step {state.step} of {steps}; the same command goes on")
+            return 128 + number
+        if mesh.is_main:
+            say_done(config)
+        return 0
+
+
+class Clock:
+    """Seconds and tokens of training since the last log entry; evaluation, samples and saves do not count."""
+
+    def __init__(self) -> None:
+        self.tokens, self.steps, self.train_sec, self.wait_sec = 0, 0, 0.0, 0.0
+        self._start = time.perf_counter()
+
+    def wait_for(self, loader: Any) -> Batch:
+        self._start = time.perf_counter()
+        batch = next(loader)
+        self.wait_sec += time.perf_counter() - self._start
+        return batch
+
+    def step_done(self, tokens: int) -> None:
+        self.train_sec += time.perf_counter() - self._start
+        self.tokens += tokens
+        self.steps += 1
+
+    def rates(self) -> dict[str, float]:
+        """Since the last call."""
+        rates = {
+            "tokens_per_sec": self.tokens / self.train_sec,
+            "steps_per_sec": self.steps / self.train_sec,
+            "data_wait_sec": self.wait_sec / self.steps,
+        }
+        self.__init__()
+        return rates
+
+
+def log_entry(
+    run: Run, state: TrainState, batch: Batch, metrics: dict[str, Any], clock: Clock, per_token: float
+) -> dict[str, Any]:
+    """A line of `metrics.jsonl`. `per_token`: FLOPs per token over the device's peak."""
+    from parallel import peak_memory_gib
+
+    rates = clock.rates()
+    counts_LE = metrics.pop("counts")
+    return {
+        "tokens": state.tokens,
+        **metrics,
+        "mtp_weight": run.weight_at(state.step - 1),
+        **rates,
+        "mfu": rates["tokens_per_sec"] * per_token / run.mesh.world_size,
+        "peak_memory_gib": peak_memory_gib(run.mesh.device),
+        "epoch": batch.epoch,
+        "skipped_steps": state.skipped_steps,
+        "skipped_documents": batch.skipped,
+        "loss_scale": run.scale.value,
+        "experts": expert_metrics(run.model, counts_LE),
+    }
+
+
+# ------------------------------------------------------------------------------------------------- the start of a run
+
+
+def on_main(mesh: Mesh, make: Any) -> Any:
+    """On rank 0 what `make` returns, or the UserError it raises, for `Mesh.from_main` to pass on."""
+    if not mesh.is_main:
+        return None
+    try:
+        return make()
+    except UserError as error:
+        return error
+
+
+def open_data(config: Config, start: Path | None) -> tuple[Any, int, PreTrainedTokenizerFast]:
+    """Manifest, threshold of the validation split, and the tokenizer: the checkpoint's, a named one, or a new BPE."""
+    import data
+    import sources
+    import tokenizer as tokenizers
+
+    if config.data.tokenizer != "bpe" and start is None:
+        tokenizer = tokenizers.load(config.data.tokenizer)  # first: it fails sooner than the sources
+    manifest = sources.resolve(config.data.sources)
+    threshold = data.split_threshold(manifest, config.data.val_fraction)
+    if start is not None:
+        tokenizer = tokenizers.load(str(start))
+    elif config.data.tokenizer == "bpe":
+        print(f"training a byte-level BPE of {config.model.vocab_size} tokens on the sources", flush=True)
+        tokenizer = tokenizers.train_bpe(data.training_texts(manifest, threshold), config.model.vocab_size)
+    if len(tokenizer) > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size = {config.model.vocab_size} is too small for {config.data.tokenizer!r}, "
+            f"which has {len(tokenizer)} tokens"
+        )
+    return manifest, threshold, tokenizer
+
+
+def load_initial_weights(model: DeepSeekV3, config: Config) -> None:
+    """`train.init_from`: weights of the same architecture; MTP layers it lacks keep their random start."""
+    import checkpoint
+    import convert
+
+    path = str(config.train.init_from)
+    theirs, weights = convert.load(checkpoint.find(path))
+    for key in type(config.model).model_fields:
+        if key in ("num_nextn_predict_layers", "initializer_range", "aux_loss_alpha", "max_position_embeddings"):
+            continue
+        if getattr(theirs, key) != getattr(config.model, key):
+            raise UserError(
+                f"model.{key} = {getattr(config.model, key)!r}, but train.init_from={path} has {getattr(theirs, key)!r}"
+            )
+    missing = model.load_state_dict({k: v for k, v in weights.items() if k in model.state_dict()}, strict=False).missing_keys
+    assert all(name.startswith("mtp.") for name in missing), missing
+
+
+def warn_if_slow(mesh: Mesh, seconds_at_peak: float) -> None:
+    from tracker import duration
+
+    if mesh.device.type == "cpu" and seconds_at_peak > 1800:
+        print(
+            f"no GPU found: on this CPU this run would take about {duration(2 * seconds_at_peak / mesh.world_size)}; "
+            "for one that takes minutes: python train.py --config quickstart",
+            flush=True,
+        )
+
+
+def announce(run: Run, counts: Any, state: TrainState, start: Path | None, held_out: Any, hardware: str) -> None:
+    from model import LatentCache
+
+    model, config, note = run.config.model, run.config, run.tracker.note
+    total, active = counts.total + counts.mtp, counts.active_with_head
+    note(f"{config.run.name}: {total / 1e6:,.1f}M parameters with MTP, {active / 1e6:,.1f}M active per token")
+    note(f"{hardware}, {run.mesh.world_size} rank(s); {run.steps:,} steps of {config.train.batch_tokens:,} tokens")
+    latent = LatentCache(model, 1, 1, device="meta", dtype=run.model.dtype)
+    plain = latent.num_layers * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
+    plain *= latent.latent_LBSC.element_size()
+    note(f"KV cache {latent.bytes_per_token:,} bytes per token, {plain / latent.bytes_per_token:.1f} times less than plain")
+    if held_out.num_documents:
+        note(f"validation: {held_out.num_documents} held-out documents, {held_out.num_tokens:,} tokens")
+    else:
+        note("validation: none; no document is held out")
+    if start is not None:
+        note(f"resumed from {start} after step {state.step}")
+
+
+# --------------------------------------------------------------------------------------------------- what a run writes
+
+
+def save(run: Run, state: TrainState, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A checkpoint of the last completed step: a model directory with the training state beside the weights."""
+    import checkpoint
+    import convert
+    import torch
+    from resume import STATE_FILE
+
+    if run.mesh.is_main:
+        run.tracker.progress(state.step, "saving")
+        rng = {"cpu": torch.get_rng_state()}
+        if run.mesh.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(run.mesh.device)
+        tensors = {
+            "model": convert.to_checkpoint(run.model.state_dict(), run.config.model),
+            "optimizer": run.optimizers.state(),
+            "rng": rng,
+        }
+        files = model_files(run.config, tokenizer) | {STATE_FILE: state.to_json()}
+        root = Path(run.config.run.dir) / "checkpoints"
+        checkpoint.save(root, state.step, tensors, files, keep=run.config.checkpoint.keep)
+    run.mesh.any(False)  # the others wait: nobody is ahead of what is on disk
+
+
+def model_files(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:
+    """What makes a directory of weights a Hugging Face model: its configuration and tokenizer."""
+    import tempfile
+
+    import convert
+    import tokenizer as tokenizers
+
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    described = {
+        "config.json": convert.hf_config(config.model, dtype="float32", **ends),
+        "generation_config.json": ends,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizers.save(tokenizer, folder)
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    return files | {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in described.items()}
+
+
+def write_samples(run: Run, tokenizer: PreTrainedTokenizerFast, step: int) -> None:
+    """The configured prompts continued, the same seed every time, into `samples.md`."""
+    if not run.mesh.is_main:
+        return
+    import generate
+
+    sample = run.config.sample
+    run.tracker.progress(step, "sampling")
+    room = run.config.model.max_position_embeddings - sample.max_new_tokens
+    prompts = [tokenizer.encode(prompt, add_special_tokens=False)[: max(1, room)] for prompt in sample.prompts]
+    texts = generate.generate(
+        run.model, prompts, max_new_tokens=min(sample.max_new_tokens, run.config.model.max_position_embeddings - 1),
+        temperature=sample.temperature, top_k=sample.top_k, seed=run.config.train.seed,
+        eos_ids=(tokenizer.eos_token_id,), vocab_limit=len(tokenizer),
+    )  # fmt: skip
+    shown = [generate.safe_text(tokenizer.decode(text)) for text in texts]
+    run.tracker.samples(step, list(zip(sample.prompts, shown, strict=True)))
+    if step == run.steps:
+        for prompt, text in zip(sample.prompts, shown, strict=True):
+            run.tracker.note(f"\n{prompt}{text}")
+
+
+def say_done(config: Config) -> None:
+    print(f"\ndone: {config.run.dir}/checkpoints holds the model, in Hugging Face format; {config.run.dir} everything else")
+    print(NEXT.format(dir=config.run.dir))
+
+
+def say_finished(config: Config, step: int, start: Path | None) -> int:
+    print(f"{config.run.name} is finished: {start} is step {step}, and no more are asked for; nothing was changed")
+    print(NEXT.format(dir=config.run.dir))
+    return 0
+
+
+NEXT = """next:
+  sample   python generate.py --checkpoint {dir} --prompt "..."
+  extend   the same command with train.steps=N, more than before
+  afresh   the same command with run.name=ANOTHER, or with --resume never (which moves this run aside)"""
+
+
+# ------------------------------------------------------------------------------------------------------------- program
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a DeepSeek-V3 model. Starting the same command again goes on where it stopped.",
+        epilog=configuration.describe() + "\n\n" + EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", default="mini", metavar="PATH|NAME", help="YAML file or preset in configs/ (mini)")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="checkpoint to go on from (auto)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan: config, parameters, FLOPs, memory, cost")
+    parser.add_argument("--tokens-per-sec", type=float, metavar="X", help="with --dry-run: tells hours")
+    parser.add_argument("--price-per-hour", type=float, metavar="X", help="with --dry-run: tells the cost")
+    parser.add_argument("--allow-cpu", action="store_true", help="go on without the GPU when torch is built for the CPU")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change keys of the configuration")
+    return parser.parse_intermixed_args(arguments)
+
+
+def prepare_environment() -> None:
+    """Before torch and Hugging Face libraries are imported: `.env`, waiting threads, the C allocator."""
+    from dotenv import load_dotenv
+
+    load_dotenv(".env")  # real variables win
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if sys.platform == "linux":
+        # Keep freed activations: returning them to the system page by page costs a CPU run a tenth of its time (LOG.md).
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        config = configuration.load(args.config, args.overrides)
+        prepare_environment()
+        if args.dry_run:
+            import plan
+
+            print(plan.describe(config, tokens_per_sec=args.tokens_per_sec, price_per_hour=args.price_per_hour))
+            return 0
+        return train(config, resume=args.resume, allow_cpu=args.allow_cpu)
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
