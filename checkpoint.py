@@ -250,7 +250,7 @@ def find(path: Path | str) -> Path:
     raise UserError(
         f"{path}: {damaged} checkpoints, all of them damaged"
         if damaged
-        else f"{path}: no model here; looked for model.safetensors, model.safetensors.index.json and checkpoints/step_*/"
+        else f"{path}: no model here; looked for model.safetensors, its .index.json and checkpoints/step_*/"
     )
 
 

@@ -1,8 +1,8 @@
 """Between memory and DeepSeek-V3 checkpoints in Hugging Face format: names, stacked experts, MTP copies, config.json.
 
-`parameters(config)` is the one table; `to_checkpoint` and `from_checkpoint` read it in both directions. Tensor names and
-shapes: reference section 6.2. In memory the routed experts of a layer are stacked, and MTP layer d is `mtp.{d}.` with the
-main embedding and head, while the file calls it layer L + d and repeats both.
+`parameters(config)` is the one table; `to_checkpoint` and `from_checkpoint` read it in both directions. In memory the
+routed experts of a layer are stacked, and MTP layer d is `mtp.{d}.` with the main embedding and head, while the file
+calls it layer L + d and repeats both.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from config import ModelConfig, UserError, YarnConfig
 log = logging.getLogger(__name__)
 
 BIAS = "mlp.gate.e_score_correction_bias"  # fp32 everywhere: bf16 would round away the balancing steps
-# The keys of a config.json (reference section 6.1). No others: transformers' own `head_dim` trips llama.cpp's converter.
+# The keys of a config.json, and no others: transformers' own `head_dim` trips llama.cpp's converter.
 HF_KEYS = [
     "architectures", "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
@@ -151,7 +151,7 @@ def to_checkpoint(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str,
 
 
 def from_checkpoint(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Tensors under their names in memory, in the file's dtype (router biases fp32); experts are stacked in new tensors.
+    """Tensors under their names in memory, in the file's dtype (router biases fp32); stacked experts are new tensors.
 
     Raises CheckpointError naming what is missing, unknown or of another shape than `config` says.
     """
@@ -206,7 +206,7 @@ def _layer(name: str) -> int:
 def hf_config(
     config: ModelConfig, *, dtype: str, bos_token_id: int | None, eos_token_id: int | list[int] | None
 ) -> dict[str, Any]:
-    """`config.json` with exactly the keys of reference section 6.1; `dtype` ("float32") is what the file holds.
+    """`config.json`, with exactly the official keys; `dtype` ("float32") is what the file holds.
 
     The legacy keys `rope_theta`, `rope_scaling` and `torch_dtype`: everything reads them, the new ones not yet.
     """

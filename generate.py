@@ -14,12 +14,12 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from config import UserError
-from options import shown
+from text import TextStream, prompt_ids, safe_text
 
 if TYPE_CHECKING:
     import torch
@@ -31,24 +31,18 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 128  # or what the context leaves
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # ours: torch's
-# What a terminal would act upon or be deceived by: C0 without tab and newline, DEL, C1, bidirectional overrides and
-# isolates; and lone surrogates, which no UTF-8 output takes.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-# ---------------------------------------------------------------------------------------------------------------- load
 
 
 def load(
     path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
 ) -> tuple[DeepSeekV3, PreTrainedTokenizerFast | None]:
-    """The model, in eval mode, and the tokenizer, if there is one, of a run, a checkpoint or a Hugging Face model directory.
+    """The model, in eval mode, and the tokenizer, if any, of a run, a checkpoint or a Hugging Face model directory.
+
+    `model(tokens)` gives logits (B, T, W), fp32. Raises UserError where there is no model or one we cannot represent.
 
     Args:
         dtype: of parameters and matrix products, a torch dtype or "fp32", "bf16", "fp16"; None: as the weights are
             stored. Router biases and routing stay fp32.
-
-    `model(tokens)` gives logits (B, T, W), fp32. Raises UserError where there is no model or one we cannot represent.
     """
     import checkpoint
 
@@ -70,7 +64,7 @@ def load_model(folder: Path, device: torch.device | str, dtype: torch.dtype | st
         raise UserError(f"{folder}: weights in {compute} are not supported, only {', '.join(DTYPES.values())}")
     with torch.device("meta"):
         model = DeepSeekV3(config, compute)
-    for name in list(state):  # one tensor at a time; a copy, for the tensors are mapped from files that may be rewritten
+    for name in list(state):  # one at a time; copies, for they are mapped from files that may be rewritten
         target = torch.float32 if name.endswith(convert.BIAS) else wanted
         state[name] = state[name].to(device, target, copy=True)
     model.load_state_dict(state, assign=True)
@@ -95,11 +89,8 @@ def end_ids(folder: Path, tok: PreTrainedTokenizerFast) -> set[int]:
     return set(ids) if isinstance(ids, list) else {ids}  # type: ignore[arg-type]
 
 
-# ------------------------------------------------------------------------------------------------------------ generate
-
-
 class Sampling(NamedTuple):
-    """How a token is chosen. temperature 0: the most likely one. top_k 0: from all. top_p: smallest set of that mass."""
+    """How a token is chosen. temperature 0: the most likely; top_k 0: from all; top_p: from the smallest such mass."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -152,6 +143,8 @@ def generate(
     sources = [random.Random(f"{seed} {row}") for row in range(len(prompts))]
 
     def choose(logits_BW: Tensor, alive: Sequence[int]) -> list[int]:
+        if not logits_BW.isfinite().all():
+            raise UserError("the model's logits are not finite: it diverged, or exceeds the range of the dtype")
         return choose_tokens(logits_BW[:, :vocab_limit], [sources[row].random() for row in alive], sampling)
 
     def keep(row: int, token: int) -> bool:
@@ -229,84 +222,19 @@ def _decode(
 
 
 def choose_tokens(logits_BW: Tensor, draws: Sequence[float], sampling: Sampling) -> list[int]:
-    """A token per row: the most likely one, or where the row's draw from [0, 1) falls in the cumulative distribution."""
+    """A token per row: the most likely one, or where the row's draw of [0, 1) falls in the cumulative distribution."""
     import torch
 
     if sampling.temperature == 0:
         return logits_BW.argmax(-1).tolist()
     width = logits_BW.shape[-1]
-    logits_BX, token_BX = logits_BW.double().topk(min(sampling.top_k or width, width))  # X: candidates, likely ones first
+    logits_BX, token_BX = logits_BW.double().topk(min(sampling.top_k or width, width))  # X: candidates, best first
     probs_BX = ((logits_BX - logits_BX[:, :1]) / sampling.temperature).softmax(-1)
     sum_BX = probs_BX.cumsum(-1)
     last_B1 = (sum_BX - probs_BX < sampling.top_p).sum(-1, keepdim=True) - 1  # the token that reaches top_p is the last
     draw_B1 = torch.tensor(draws, dtype=torch.float64, device=sum_BX.device)[:, None] * sum_BX.gather(1, last_B1)
     index_B1 = torch.minimum((sum_BX <= draw_B1).sum(-1, keepdim=True), last_B1)
     return token_BX.gather(1, index_B1).flatten().tolist()
-
-
-# ---------------------------------------------------------------------------------------------------------------- text
-
-
-def safe_text(text: str) -> str:
-    """The text with control characters as visible escapes (\\x1b), for a terminal or a log; newline and tab stay."""
-    return _UNSAFE.sub(lambda match: repr(match[0])[1:-1], text)
-
-
-def prompt_ids(tok: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Ids as the tokenizer gives them; an empty text starts from BOS, or else EOS, as a document does."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"prompt {shown(text)} is not valid UTF-8") from None
-    ids = tok(text, verbose=False)["input_ids"]
-    start = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
-    return ids or [start]  # type: ignore[return-value]
-
-
-class TextStream:
-    """Tokens in, safe text out as soon as it is complete: half a UTF-8 character waits for the rest.
-
-    Tokens are decoded together with those before them, since some tokenizers drop a leading space otherwise.
-    """
-
-    def __init__(self, tok: PreTrainedTokenizerFast, prompt: Sequence[int] = ()):
-        self.tok = tok
-        self.before, self.pending = list(prompt[-8:]), []
-
-    def feed(self, token: int) -> str:
-        self.pending.append(token)
-        text = self._text()
-        return "" if text.endswith("\ufffd") else self._emit(text)
-
-    def end(self) -> str:
-        """What is left, with U+FFFD for a broken character."""
-        return self._emit(self._text())
-
-    def _text(self) -> str:
-        return self._decode(self.before + self.pending)[len(self._decode(self.before)) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        text = self.tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
-
-    def _emit(self, text: str) -> str:
-        if self.pending:
-            self.before, self.pending = self.pending, []
-        return safe_text(text)
-
-
-# ------------------------------------------------------------------------------------------------------------- program
-
-
-def load_env() -> None:
-    """Read `.env` beside the programs; variables that are set win. Before anything of Hugging Face is imported."""
-    from dotenv import load_dotenv
-
-    try:
-        load_dotenv(Path(__file__).resolve().with_name(".env"), override=False)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f".env cannot be read: {error}; it must be a UTF-8 text file") from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -317,10 +245,10 @@ class _Parser(argparse.ArgumentParser):
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="generate.py", description="Continue prompts with a trained model.")
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="PATH", help="run, checkpoint, or DeepSeek-V3 model directory (Hugging Face)")
+    add("--checkpoint", required=True, metavar="PATH", help="run, checkpoint, or Hugging Face model directory")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", help="text to continue; empty: start from nothing")
-    prompts.add_argument("--prompts-file", metavar="FILE", help="a prompt per line, blank ones skipped; -: standard input")
+    prompts.add_argument("--prompts-file", metavar="FILE", help="a prompt per line, blank ones skipped; -: stdin")
     add("--max-new-tokens", type=int, metavar="N", help=f"default: {DEFAULT_NEW_TOKENS}, or what the context leaves")
     add("--temperature", type=float, default=0.8, help="0: always the most likely token (default: 0.8)")
     add("--top-k", type=int, default=50, help="sample from the k most likely tokens; 0: from all (default: 50)")
@@ -329,7 +257,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the random choices (default: 0)")
     add("--num-samples", type=int, default=1, help="continuations of each prompt (default: 1)")
     add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there is one (default)")
-    add("--dtype", default="auto", choices=["auto", *DTYPES], help="arithmetic; auto: as the weights are stored (default)")
+    add("--dtype", default="auto", choices=["auto", *DTYPES], help="arithmetic; auto: as stored (default)")
     given = parser.parse_args(arguments)
     given.sampling = Sampling(0.0 if given.greedy else given.temperature, given.top_k, given.top_p)
     given.sampling.check()
@@ -349,33 +277,38 @@ def read_prompts(given: argparse.Namespace) -> list[str]:
         lines = content.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except (OSError, ValueError) as error:  # UnicodeDecodeError, and a null character in the name, are ValueErrors
         raise UserError(f"--prompts-file {name} cannot be read: {error}") from None
-    if not any(line.strip() for line in lines):
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
         raise UserError(f"--prompts-file {name} holds no prompt, only blank lines")
-    return [line for line in lines if line.strip()]
+    return prompts
 
 
-def find_folder(checkpoint_path: str) -> Path:
-    """The model directory; a name that does not exist is answered with its nearest neighbour, before torch is imported."""
-    path = Path(checkpoint_path)
-    if not path.exists() and path.parent.is_dir():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1)
-        if near:
-            raise UserError(f"--checkpoint {path} does not exist; did you mean {path.parent / near[0]}?")
-    import checkpoint
+def find_folder(name: str) -> Path:
+    """The model directory; a name that does not exist is answered with its nearest neighbour, before torch loads."""
+    path = Path(name)
+    try:
+        if not path.exists() and path.parent.is_dir():
+            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1)
+            if near:
+                raise UserError(f"--checkpoint {path} does not exist; did you mean {path.parent / near[0]}?")
+        import checkpoint
 
-    return checkpoint.find(path)
+        return checkpoint.find(path)
+    except OSError as error:
+        raise UserError(f"--checkpoint {path}: {error.strerror}") from None
 
 
 def find_device(name: str) -> torch.device:
     import torch
 
+    num_gpus = torch.cuda.device_count()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        return torch.device("cuda" if num_gpus else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise UserError(f"--device {name} is not supported; allowed are auto, cpu, cuda and cuda:N")
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; try --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        raise UserError(f"--device {name}: torch {torch.__version__} sees {num_gpus} GPUs; try --device cpu")
     return device
 
 
@@ -385,38 +318,32 @@ def run(given: argparse.Namespace) -> None:
     device = find_device(given.device)
     tok = load_tokenizer(folder)
     if tok is None:
-        raise UserError(f"--checkpoint {folder} has no tokenizer (tokenizer.json), so there is no text to read or write")
+        raise UserError(f"--checkpoint {folder} has no tokenizer (tokenizer.json), so it cannot read or write text")
     prompts = [prompt_ids(tok, text) for text in texts]
     model = load_model(folder, device, None if given.dtype == "auto" else given.dtype)
     room = model.config.max_position_embeddings - max(map(len, prompts))
     num_new = min(DEFAULT_NEW_TOKENS, max(room, 1)) if given.max_new_tokens is None else given.max_new_tokens
     check_lengths(model.config, prompts, num_new)
-    only = TextStream(tok, prompts[0]) if len(prompts) == 1 else None
-    if only is not None:
+    streams = [TextStream(tok, prompt) for prompt in prompts]
+    single = len(prompts) == 1
+    if single:
         write(safe_text(texts[0]))
     start = time.perf_counter()
     rows = generate(
         model, prompts, max_new_tokens=num_new, **given.sampling._asdict(), seed=given.seed,
         eos_ids=end_ids(folder, tok), vocab_limit=len(tok),
-        on_token=None if only is None else lambda _, token: write(only.feed(token)),
+        on_token=(lambda _, token: write(streams[0].feed(token))) if single else None,
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    if only is not None:
-        write(only.end() + "\n")
+    if single:
+        write(streams[0].feed(end=True) + "\n")
     else:
-        for chunk in _sections(tok, texts, prompts, rows, given.num_samples):
-            write(chunk)
+        for i, row in enumerate(rows):
+            prompt, sample = divmod(i, given.num_samples)
+            text = safe_text(texts[i]) + streams[i].feed(*row, end=True)
+            write(f"--- prompt {prompt + 1}, sample {sample + 1}\n{text}\n")
     total = sum(map(len, rows))
     print(f"{total} tokens in {seconds:.1f} s, {total / max(seconds, 1e-9):.0f} tokens/s", file=sys.stderr)
-
-
-def _sections(
-    tok: PreTrainedTokenizerFast, texts: list[str], prompts: list[list[int]], rows: list[list[int]], num_samples: int
-) -> Iterator[str]:
-    for i, (text, prompt, row) in enumerate(zip(texts, prompts, rows, strict=True)):
-        stream = TextStream(tok, prompt)
-        continued = "".join(map(stream.feed, row)) + stream.end()
-        yield f"--- prompt {i // num_samples + 1}, sample {i % num_samples + 1}\n{safe_text(text)}{continued}\n"
 
 
 def write(text: str) -> None:
@@ -430,9 +357,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0, 2 after a user's mistake (one line on standard error), 130 after Ctrl-C."""
     try:
         given = parse_arguments(arguments)
-        load_env()
+        from dotenv import load_dotenv
+
+        load_dotenv(".env")  # before anything of Hugging Face is imported; real variables win
         run(given)
-        return 0
     except UserError as error:
         print("error:", safe_text(str(error)).replace("\n", " "), file=sys.stderr)
         return 2
@@ -441,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader (head, less) has seen enough; nothing is left to flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return 0
 
 
 if __name__ == "__main__":

@@ -152,7 +152,8 @@ class Optimizers:
             parameter = parameters[name]
             if key != "step" and tensor.shape != parameter.shape:
                 raise ValueError(f"optimizer state {full_name} has shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
-            owner[parameter].state[parameter][key] = tensor.to(parameter.device)
+            # A copy: what the checkpoint's reader returns is mapped from its file.
+            owner[parameter].state[parameter][key] = tensor.to(parameter.device, copy=True)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, scale: float = 1.0) -> Tensor:

@@ -63,7 +63,7 @@ def dataset_files(source: SourceConfig, commit: str, *, instead: str) -> list[tu
         builder = datasets.load_dataset_builder(source.path, source.name, revision=commit)
     except ValueError as error:  # unknown or missing configuration: the message lists those that exist
         raise UserError(f"{where}, name {source.name!r}: {one_line(error)[:600]}") from None
-    except Exception as error:  # no data files, a gated file, a Hub that stopped answering
+    except Exception as error:  # noqa: BLE001  # no data files, a gated file, a Hub that stopped answering
         raise UserError(f"{where}: {one_line(error)}; {instead}") from None
     splits = builder.config.data_files or {}
     if source.split not in splits:

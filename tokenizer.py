@@ -114,7 +114,7 @@ def _from_pretrained(name: str, path: str, revision: str | None, *, offline: boo
         tok = AutoTokenizer.from_pretrained(
             path, revision=revision or "main", local_files_only=offline, trust_remote_code=False
         )
-    except Exception as error:  # a broken tokenizer.json raises a bare Exception
+    except Exception as error:  # noqa: BLE001  # a broken tokenizer.json raises a bare Exception
         raise UserError(f"tokenizer {name!r} cannot be loaded: {one_line(error)}") from None
     if not tok.is_fast:
         raise UserError(f"tokenizer {name!r} has no fast version (tokenizer.json); {_INSTEAD}")

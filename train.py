@@ -23,14 +23,16 @@ import config as configuration
 from config import Config, UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerFast
 
-    from data import Batch
-    from model import DeepSeekV3
+    from data import Batch, Validation
+    from model import Counts, DeepSeekV3
     from optim import LossScale, Optimizers
     from parallel import Mesh
     from resume import TrainState
+    from sources import Manifest
     from tracker import Tracker
 
 DIVERGED_AFTER = 20  # steps in a row without a finite gradient
@@ -158,9 +160,13 @@ class StopFlag:
     def requested(self) -> bool:
         return self.signal is not None
 
-    def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+    def __enter__(self) -> StopFlag:
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
         if self.requested:
@@ -186,10 +192,8 @@ def train(config: Config, *, resume: str = "auto", allow_cpu: bool = False) -> i
     from resume import TrainState, check, learned, pick
     from tracker import Tracker
 
-    stop = StopFlag()
-    stop.install()
     run_dir = Path(config.run.dir)
-    with parallel.processes(allow_cpu=allow_cpu) as mesh:
+    with StopFlag() as stop, parallel.processes(allow_cpu=allow_cpu) as mesh:
         if config.rows_per_step < mesh.world_size:
             raise UserError(
                 f"train.batch_tokens = {config.train.batch_tokens} is {config.rows_per_step} rows of data.seq_len = "
@@ -209,7 +213,7 @@ def train(config: Config, *, resume: str = "auto", allow_cpu: bool = False) -> i
         state = TrainState.read(start) if start is not None else None
         if state is not None and state.step >= steps:
             return say_finished(config, state.step, start) if mesh.is_main else 0
-        manifest, threshold, tokenizer = mesh.from_main(on_main(mesh, lambda: open_data(config, start)))
+        manifest, threshold, tokenizer, held_out = mesh.from_main(on_main(mesh, lambda: open_data(config, start)))
         fingerprint = tokenizers.fingerprint(tokenizer)
         if state is not None:
             check(state, config, sources=manifest.fingerprint, tokenizer=fingerprint, precision=precision)
@@ -233,20 +237,16 @@ def train(config: Config, *, resume: str = "auto", allow_cpu: bool = False) -> i
             load_initial_weights(model, config)
         tracker = Tracker(run_dir if mesh.is_main else None, total_steps=steps, first_step=state.step)
         run = Run(config, mesh, model, parallel.parallelize(model, mesh), optimizers, scale, steps, stop, tracker)
-        extra = 1 + config.model.num_nextn_predict_layers
-        held_out = data.validation(
-            manifest, threshold=threshold, tokenizer=tokenizer, seq_len=config.data.seq_len, extra=extra,
-            tokens=config.eval.tokens,
-        )  # fmt: skip
         if mesh.is_main:
             (run_dir / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
             announce(run, counts, state, start, held_out, f"{precision} on {peak_name}: {peak / 1e12:.2f} TFLOP/s")
         loader = data.loader(
-            manifest, tokenizer, seq_len=config.data.seq_len, extra=extra, rows=config.rows_per_step, rank=mesh.rank,
+            manifest, tokenizer, seq_len=config.data.seq_len, extra=tokens_ahead(config), rows=config.rows_per_step, rank=mesh.rank,
             world_size=mesh.world_size, seed=config.train.seed, cursor=data.Cursor.from_dict(state.cursor),
             threshold=threshold, shuffle_window=config.data.shuffle_window, workers=config.data.workers,
             pin_memory=mesh.device.type == "cuda",
         )  # fmt: skip
+        restore_rng(config.train.seed, start, mesh.device)
         saved, bad_in_a_row = state.step, 0
         clock = Clock()
         try:
@@ -357,8 +357,14 @@ def on_main(mesh: Mesh, make: Any) -> Any:
         return error
 
 
-def open_data(config: Config, start: Path | None) -> tuple[Any, int, PreTrainedTokenizerFast]:
-    """Manifest, threshold of the validation split, and the tokenizer: the checkpoint's, a named one, or a new BPE."""
+def tokens_ahead(config: Config) -> int:
+    """How many tokens a row needs past its inputs: one for the main head, one more for each MTP head."""
+    return 1 + config.model.num_nextn_predict_layers
+
+
+def open_data(config: Config, start: Path | None) -> tuple[Manifest, int, PreTrainedTokenizerFast, Validation]:
+    """The documents, the hash below which they are held out, the tokenizer (the checkpoint's, a named one, or a new BPE)
+    and the held-out rows."""
     import data
     import sources
     import tokenizer as tokenizers
@@ -377,7 +383,11 @@ def open_data(config: Config, start: Path | None) -> tuple[Any, int, PreTrainedT
             f"model.vocab_size = {config.model.vocab_size} is too small for {config.data.tokenizer!r}, "
             f"which has {len(tokenizer)} tokens"
         )
-    return manifest, threshold, tokenizer
+    held_out = data.validation(
+        manifest, threshold=threshold, tokenizer=tokenizer, seq_len=config.data.seq_len, extra=tokens_ahead(config),
+        tokens=config.eval.tokens,
+    )  # fmt: skip
+    return manifest, threshold, tokenizer, held_out
 
 
 def load_initial_weights(model: DeepSeekV3, config: Config) -> None:
@@ -398,6 +408,19 @@ def load_initial_weights(model: DeepSeekV3, config: Config) -> None:
     assert all(name.startswith("mtp.") for name in missing), missing
 
 
+def restore_rng(seed: int, start: Path | None, device: torch.device) -> None:
+    """torch's global generators as they were after the checkpoint's step. The loop itself draws nothing from them."""
+    import checkpoint
+    import torch
+
+    torch.manual_seed(seed)
+    if start is not None:
+        states = checkpoint.load(start, "rng")
+        torch.set_rng_state(states["cpu"].clone())
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"].clone(), device)
+
+
 def warn_if_slow(mesh: Mesh, seconds_at_peak: float) -> None:
     from tracker import duration
 
@@ -409,7 +432,7 @@ def warn_if_slow(mesh: Mesh, seconds_at_peak: float) -> None:
         )
 
 
-def announce(run: Run, counts: Any, state: TrainState, start: Path | None, held_out: Any, hardware: str) -> None:
+def announce(run: Run, counts: Counts, state: TrainState, start: Path | None, held_out: Validation, hardware: str) -> None:
     from model import LatentCache
 
     model, config, note = run.config.model, run.config, run.tracker.note

@@ -32,7 +32,7 @@ COMPANIONS = (
 
 
 def export(checkpoint_path: Path, out: Path, *, dtype: str = "bf16", mtp: bool = True) -> None:
-    """Write the model found at `checkpoint_path` to `out`, which must not exist or be empty; appears only when whole."""
+    """Write the model found at `checkpoint_path` to `out`, which must be absent or empty; it appears when whole."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists and is not an empty directory; choose another")
     source = checkpoint.find(checkpoint_path)

@@ -10,6 +10,7 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -87,11 +88,13 @@ class _Handler(BaseHTTPRequestHandler):
             answer = [entry for entry in self._entries() if entry["path"] in asked]
         return self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
-    def _entries(self) -> list[dict[str, str]]:
+    def _entries(self) -> list[dict[str, Any]]:
         folders = {name.rsplit("/", i)[0] for name in self.state.files for i in range(1, name.count("/") + 1)}
-        listed = [{"type": "directory", "path": name, "oid": "0" * 40} for name in sorted(folders)]
+        listed: list[dict[str, Any]] = [
+            {"type": "directory", "path": name, "oid": "0" * 40} for name in sorted(folders)
+        ]
         for name, data in self.state.files.items():
-            listed.append({"type": "file", "path": name, "oid": hashlib.sha1(data).hexdigest(), "size": len(data)})  # type: ignore
+            listed.append({"type": "file", "path": name, "oid": hashlib.sha1(data).hexdigest(), "size": len(data)})
         return listed
 
     def _file(self, revision: str, name: str) -> None:

@@ -76,11 +76,12 @@ def test_there_and_back(tmp_path: Path, changes: dict[str, Any]) -> None:
     state = random_state(config)
     assert equal(convert.from_checkpoint(convert.to_checkpoint(state, config), config), state)
     loaded_config, loaded = convert.load(write(tmp_path, state, config))
-    assert loaded_config == config and equal(loaded, state)
+    assert loaded_config == config
+    assert equal(loaded, state)
 
 
 def test_official_names_and_shapes() -> None:
-    """Reference section 6.2, written out: layer 0 dense, layer 1 MoE, layer 2 MTP."""
+    """Written out: layer 0 dense, layer 1 MoE, layer 2 MTP."""
     config = tiny(num_hidden_layers=2)
     found = {name: tuple(t.shape) for name, t in convert.to_checkpoint(random_state(config), config).items()}
     attention = {
@@ -102,12 +103,13 @@ def test_official_names_and_shapes() -> None:
 
 
 def test_official_tensor_count() -> None:
-    """DeepSeek-V3's own files hold 91,991 tensors (reference section 6.2), an FP8 scale beside each quantised matrix."""
+    """DeepSeek-V3's own files hold 91,991 tensors, an FP8 scale beside each quantised matrix."""
     config = ModelConfig(num_hidden_layers=61, n_routed_experts=256, first_k_dense_replace=3)
     names = [there for p in convert.parameters(config) for there, _ in p.slices] + list(convert._mtp_copies(config))
     quantised = [n for n in names if ".self_attn." in n or ".mlp." in n]
     quantised = [n for n in quantised if "layernorm" not in n and ".mlp.gate." not in n]
-    assert len(names) == len(set(names)) and len(names) + len(quantised) == 91_991
+    assert len(names) == len(set(names))
+    assert len(names) + len(quantised) == 91_991
 
 
 def test_conversion_copies_nothing_and_biases_stay_fp32() -> None:
@@ -148,7 +150,8 @@ def test_tensors_that_may_be_there_or_not(caplog: pytest.LogCaptureFixture) -> N
     tensors = convert.to_checkpoint(state, config)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
     del tensors["model.layers.3.embed_tokens.weight"]
-    assert equal(convert.from_checkpoint(tensors, config), state) and not caplog.records
+    assert equal(convert.from_checkpoint(tensors, config), state)
+    assert not caplog.records
     tensors["model.layers.3.shared_head.head.weight"] = torch.zeros(61, 24)
     assert equal(convert.from_checkpoint(tensors, config), state)
     assert "model.layers.3.shared_head.head.weight differs from lm_head.weight" in caplog.text
@@ -194,8 +197,11 @@ def test_transformers_reads_what_we_write(tmp_path: Path, changes: dict[str, Any
     assert len(list(path.glob("model-*.safetensors"))) > 1
     loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     model, info = loaded
-    assert isinstance(model, DeepseekV3ForCausalLM) and model.dtype == torch.float32
-    assert not info["missing_keys"] and not info["mismatched_keys"] and not info["error_msgs"]
+    assert isinstance(model, DeepseekV3ForCausalLM)
+    assert model.dtype == torch.float32
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    assert not info["error_msgs"]
     assert all(convert._layer(name) >= config.num_hidden_layers for name in info["unexpected_keys"])
     assert equal(dict(model.state_dict()), main_part(state))
     assert (model.config.bos_token_id, model.config.eos_token_id) == (3, 4)
@@ -209,7 +215,8 @@ def test_we_read_what_transformers_writes(tmp_path: Path, changes: dict[str, Any
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     loaded, state = convert.load(tmp_path / "theirs")
     unused = {"num_nextn_predict_layers": 0, "aux_loss_alpha": 0.0}  # neither is in what transformers saved
-    assert loaded == config.model_copy(update=unused) and equal(state, dict(theirs.state_dict()))
+    assert loaded == config.model_copy(update=unused)
+    assert equal(state, dict(theirs.state_dict()))
     again = AutoModelForCausalLM.from_pretrained(write(tmp_path, state, loaded))
     assert equal(dict(again.state_dict()), dict(theirs.state_dict()))
     tokens = torch.arange(12)[None]
@@ -222,7 +229,8 @@ def test_tied_embeddings_become_two_tensors(tmp_path: Path) -> None:
     assert "lm_head.weight" not in checkpoint.load(tmp_path / "theirs")
     config, state = convert.load(tmp_path / "theirs")
     head, embedding = state["lm_head.weight"], state["model.embed_tokens.weight"]
-    assert torch.equal(head, embedding) and head.data_ptr() != embedding.data_ptr()
+    assert torch.equal(head, embedding)
+    assert head.data_ptr() != embedding.data_ptr()
     assert equal(dict(AutoModelForCausalLM.from_pretrained(write(tmp_path, state, config)).state_dict()), state)
 
 
@@ -247,8 +255,9 @@ def test_errors_name_the_directory(tmp_path: Path) -> None:
 
 
 def test_config_json_of_mini() -> None:
-    """Reference section 6.1, key by key and in its order."""
-    wanted = """{"architectures":["DeepseekV3ForCausalLM"],"model_type":"deepseek_v3","vocab_size":50304,"hidden_size":768,
+    """Key by key and in the official order."""
+    wanted = """{"architectures":["DeepseekV3ForCausalLM"],"model_type":"deepseek_v3","vocab_size":50304,
+    "hidden_size":768,
     "num_hidden_layers":12,"num_attention_heads":8,"num_key_value_heads":8,"q_lora_rank":512,"kv_lora_rank":256,
     "qk_nope_head_dim":64,"qk_rope_head_dim":64,"v_head_dim":128,"intermediate_size":1792,"moe_intermediate_size":256,
     "n_routed_experts":64,"n_shared_experts":1,"num_experts_per_tok":6,"first_k_dense_replace":1,"moe_layer_freq":1,
@@ -300,7 +309,8 @@ def test_absent_keys_mean_what_transformers_takes_them_for() -> None:
 def test_rotary_forms(rope: dict[str, Any], wanted: tuple[float, dict[str, Any] | None]) -> None:
     config = convert.model_config({"model_type": "deepseek_v3"} | rope)
     theta, yarn = wanted
-    assert config.rope_theta == theta and config.rope_scaling == (YarnConfig(**yarn) if yarn else None)
+    assert config.rope_theta == theta
+    assert config.rope_scaling == (YarnConfig(**yarn) if yarn else None)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +354,11 @@ def test_mtp_depth_follows_the_tensors() -> None:
     def depth(names: list[str] | None, **changes: Any) -> int:
         return convert.model_config(hf | changes, names).num_nextn_predict_layers
 
-    assert depth(None) == depth([main, mtp]) == 1 and depth([main]) == 0
-    assert depth([mtp], num_nextn_predict_layers=2) == 2 and depth([mtp], num_nextn_predict_layers=0) == 0
+    assert depth(None) == depth([main, mtp]) == 1
+    assert depth([main]) == 0
+    assert depth([mtp], num_nextn_predict_layers=2) == 2
+    assert depth([mtp], num_nextn_predict_layers=0) == 0
     del hf["num_nextn_predict_layers"]
-    assert depth(None) == depth([mtp]) == 1 and depth([main]) == 0 and depth([mtp], num_mtp_layers=3) == 3
+    assert depth(None) == depth([mtp]) == 1
+    assert depth([main]) == 0
+    assert depth([mtp], num_mtp_layers=3) == 3

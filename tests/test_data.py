@@ -5,8 +5,10 @@ import math
 import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +23,12 @@ from config import SourceConfig, UserError
 from data import Cursor
 
 SEQ_LEN, EXTRA, ROWS = 16, 2, 5
+posix = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 
 
 @pytest.fixture(scope="module")
 def documents():
-    words = "alpha beta gamma delta epsilon zeta eta theta".split()
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
     draw = random.Random(0)
     unique = [" ".join([f"n{i}", *draw.choices(words, k=draw.randrange(0, 12))]) for i in range(300)]
     return unique + unique[:20]  # some texts twice
@@ -53,10 +56,10 @@ def load(manifest, tok, threshold, monkeypatch):
     monkeypatch.setattr(data, "CHUNK_DOCUMENTS", 8)
 
     def make(**changes):
-        settings = dict(
-            seq_len=SEQ_LEN, extra=EXTRA, rows=ROWS, seed=1, cursor=Cursor(), threshold=threshold, shuffle_window=3,
-            workers=0,
-        )  # fmt: skip
+        settings: dict[str, Any] = {
+            "seq_len": SEQ_LEN, "extra": EXTRA, "rows": ROWS, "seed": 1, "cursor": Cursor(), "threshold": threshold,
+            "shuffle_window": 3, "workers": 0,
+        }  # fmt: skip
         return data.loader(changes.pop("manifest", manifest), tok, **settings | changes)
 
     return make
@@ -179,6 +182,7 @@ def test_seeds_and_rows(load):
     assert torch.equal(torch.cat(rows), torch.cat([batch.tokens for batch in take(load(), 2)]))
 
 
+@posix
 def test_a_worker_makes_the_same_batches_and_outlives_signals(manifest, tok, threshold):
     def batches(workers, cursor):
         return data.loader(
@@ -252,9 +256,7 @@ def test_training_texts_are_bounded_and_leave_validation_out(manifest, documents
 @pytest.mark.parametrize("extra", [1, 2, 4])
 @pytest.mark.parametrize("tokens", [1, 100, 10**6])
 def test_validation_predicts_each_token_once(manifest, documents, tok, threshold, extra, tokens):
-    val = data.validation(
-        manifest, threshold=threshold, tokenizer=tok, seq_len=SEQ_LEN, extra=extra, tokens=tokens
-    )
+    val = data.validation(manifest, threshold=threshold, tokenizer=tok, seq_len=SEQ_LEN, extra=extra, tokens=tokens)
     held_out = [text for text in documents if data.document_hash(text) < threshold]
     taken = held_out[: val.num_documents]
     encoded = tokenizer.Encoder(tok)(taken)
@@ -285,9 +287,7 @@ def test_searches_are_bounded(manifest, tok, monkeypatch):
     monkeypatch.setattr(data, "SPLIT_SCAN_BYTES", 500)
     seen = [data.document_hash(text) for text in data._bounded(data._texts(manifest), 500)]
     assert data.split_threshold(manifest, 1e-12) == min(seen) + 1
-    val = data.validation(
-        manifest, threshold=min(seen) + 1, tokenizer=tok, seq_len=SEQ_LEN, extra=1, tokens=10**6
-    )
+    val = data.validation(manifest, threshold=min(seen) + 1, tokenizer=tok, seq_len=SEQ_LEN, extra=1, tokens=10**6)
     assert val.num_documents == 1
 
 
@@ -300,10 +300,15 @@ def test_the_bundled_corpus(tok):
     assert np.all([text == text.strip() and "\r" not in text and "\t" not in text for text in texts])
 
 
+@posix
 def test_a_worker_that_dies_is_an_error_not_a_hang(load):
     batches = load(workers=1, rows=50)
     next(batches)
-    os.kill(batches._children[0].pid, signal.SIGKILL)
-    with pytest.raises((RuntimeError, OSError)):  # torch's message, or the connection that broke first
+
+    def starve():
+        os.kill(batches._children[0].pid, signal.SIGKILL)
         take(batches, 100)
+
+    with pytest.raises((RuntimeError, OSError)):  # from torch's SIGCHLD handler, or the connection that broke first
+        starve()
     batches.close()

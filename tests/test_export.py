@@ -31,7 +31,8 @@ CONFIG = ModelConfig(
 
 def load_script() -> Any:
     spec = importlib.util.spec_from_file_location("export_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -72,13 +73,17 @@ def test_dtypes(run: Path, tmp_path: Path, name: str, dtype: torch.dtype, capsys
     assert written.keys() == source.keys()
     for key, tensor in written.items():
         wanted = torch.float32 if key.endswith("e_score_correction_bias") else dtype
-        assert tensor.dtype == wanted and torch.equal(tensor, source[key].to(wanted))
+        assert tensor.dtype == wanted
+        assert torch.equal(tensor, source[key].to(wanted))
     hf = checkpoint.read_json(out / "config.json")
-    assert hf["torch_dtype"] == str(dtype).removeprefix("torch.") and hf["num_nextn_predict_layers"] == 1
+    assert hf["torch_dtype"] == str(dtype).removeprefix("torch.")
+    assert hf["num_nextn_predict_layers"] == 1
     assert (hf["bos_token_id"], hf["eos_token_id"]) == (1, 2)
     loaded: Any = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     model, info = loaded
-    assert model.dtype == dtype and not info["missing_keys"] and not info["mismatched_keys"]
+    assert model.dtype == dtype
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
     assert AutoTokenizer.from_pretrained(out).vocab_size == 2
 
 
@@ -101,7 +106,8 @@ def test_from_a_model_directory_of_transformers(run: Path, tmp_path: Path) -> No
     AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step_00000007").save_pretrained(tmp_path / "theirs")
     assert export("--checkpoint", tmp_path / "theirs", "--out", tmp_path / "out", "--dtype", "fp32") == 0
     hf = checkpoint.read_json(tmp_path / "out" / "config.json")
-    assert list(hf) == convert.HF_KEYS and hf["num_nextn_predict_layers"] == 0
+    assert list(hf) == convert.HF_KEYS
+    assert hf["num_nextn_predict_layers"] == 0
     source = checkpoint.load(run / "checkpoints" / "step_00000007")
     for name, tensor in checkpoint.load(tmp_path / "out").items():
         assert torch.equal(tensor, source[name])
@@ -112,7 +118,9 @@ def test_refusals(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         before = sorted(tmp_path.rglob("*"))
         assert export(*arguments) == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1 and reason in error
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert reason in error
         assert sorted(tmp_path.rglob("*")) == before
 
     out = tmp_path / "out"

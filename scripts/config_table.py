@@ -1,0 +1,95 @@
+"""Print the table of presets in configs/README.md, or with --write put it there.
+
+    python scripts/config_table.py [--write]
+
+Every number is counted on a model without storage (device `meta`); every purpose is the first line of a preset's file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules lie beside this folder
+
+import config
+from model import count_parameters, flops_per_token
+from plan import meta_model
+
+README = config.CONFIGS / "README.md"
+BEGIN, END = "<!-- table: python scripts/config_table.py --write -->", "<!-- end of table -->"
+CONTEXT = 2048  # tokens of a row; a query sees half of them on average
+HEADER = (
+    "preset", "parameters", "MTP adds", "active", "active with head", "KV cache, bytes/token", "GFLOP/token",
+    "GFLOP/token with MTP",
+)  # fmt: skip
+
+
+class Figures(NamedTuple):
+    """What a preset comes to; parameters without MTP unless said otherwise."""
+
+    total: int
+    mtp: int  # all MTP layers, without the copies of embedding and head that a checkpoint holds
+    active: int  # used for one token, without embedding and head
+    active_with_head: int
+    kv_bytes: int  # per token, bf16, without MTP
+    flops: float  # of training, per token, forward and backward, at CONTEXT
+    flops_with_mtp: float
+
+
+def figures(preset: str) -> Figures:
+    full = config.load(preset).model
+    bare = full.model_copy(update={"num_nextn_predict_layers": 0})
+    counts, bare_counts = count_parameters(meta_model(full)), count_parameters(meta_model(bare))
+    return Figures(
+        counts.total,
+        counts.mtp,
+        counts.active,
+        counts.active_with_head,
+        kv_bytes=2 * full.num_hidden_layers * (full.kv_lora_rank + full.qk_rope_head_dim),
+        flops=flops_per_token(bare, bare_counts, CONTEXT, causal=True),
+        flops_with_mtp=flops_per_token(full, counts, CONTEXT, causal=True),
+    )
+
+
+def purpose(preset: str) -> str:
+    """The comment that a preset's file begins with."""
+    with (config.CONFIGS / f"{preset}.yaml").open(encoding="utf-8") as lines:
+        return next(lines).removeprefix("#").strip()
+
+
+def table() -> str:
+    """Markdown: numbers and purposes of all presets, smallest first, between the markers."""
+    presets = {path.stem: figures(path.stem) for path in config.CONFIGS.glob("*.yaml")}
+    ordered = sorted(presets.items(), key=lambda item: item[1].total)
+    lines = ["| " + " | ".join(HEADER) + " |", "|---" + "|--:" * (len(HEADER) - 1) + "|"]
+    for name, row in ordered:
+        numbers = [f"{number:,}" for number in row[:5]] + [f"{number / 1e9:.3g}" for number in row[5:]]
+        lines.append(f"| {name} | " + " | ".join(numbers) + " |")
+    lines += ["", *(f"- `{name}`: {purpose(name)}" for name, _ in ordered)]
+    return "\n".join([BEGIN, *lines, END])
+
+
+def replaced(text: str) -> str:
+    """The README's text with the table of now between its markers."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise config.UserError(f"{README.name}: the line {BEGIN if not begin else END} is missing")
+    return before + table() + after
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="config_table.py", description="The table of presets in configs/README.md.")
+    parser.add_argument("--write", action="store_true", help="write it to configs/README.md in place of printing it")
+    if parser.parse_args(arguments).write:
+        README.write_text(replaced(README.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
+    else:
+        print(table())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

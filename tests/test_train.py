@@ -1,0 +1,385 @@
+"""Whole runs: files, exact resume, signals, DDP, and what may not change. Tiny models on a slice of the shipped text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import generate
+import train
+from resume import STATE_FILE
+
+ROOT = Path(train.__file__).parent
+TINY = """
+model:
+  vocab_size: 320
+  hidden_size: 32
+  num_hidden_layers: 2
+  num_attention_heads: 2
+  q_lora_rank: 16
+  kv_lora_rank: 16
+  qk_nope_head_dim: 8
+  qk_rope_head_dim: 8
+  v_head_dim: 16
+  intermediate_size: 48
+  moe_intermediate_size: 16
+  n_routed_experts: 4
+  num_experts_per_tok: 2
+  max_position_embeddings: 64
+  initializer_range: 0.02
+data: {tokenizer: bpe, seq_len: 32, val_fraction: 0.1, workers: 0}
+train: {steps: 20, micro_batch: 4, batch_tokens: 256, precision: fp32}
+optim: {lr: 3e-3, warmup: 0.1}
+log: {every_steps: 1}
+eval: {every_steps: 10, tokens: 300}
+sample: {every_steps: 1000, max_new_tokens: 4, prompts: [Emma]}
+checkpoint: {every_steps: 10, keep: 10}
+"""
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 KB of Emma: some 15 documents."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(ROOT / "corpus" / "austen.parquet").to_pylist()
+    path = tmp_path_factory.mktemp("text") / "emma.txt"
+    path.write_text("\n\n".join(row["text"] for row in rows[:40])[:120_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, text: Path):
+    """Run `train.main` on the tiny configuration; the run's folder is `tmp_path/<name>`."""
+    (tmp_path / "tiny.yaml").write_text(TINY, encoding="utf-8")
+
+    def command(name: str, *arguments: str) -> list[str]:
+        overrides = [f"run.dir={tmp_path / name}", f"data.sources={text}"]
+        return ["--config", str(tmp_path / "tiny.yaml"), *overrides, *arguments]
+
+    def start(name: str, *arguments: str) -> int:
+        return train.main(command(name, *arguments))
+
+    start.command = command  # type: ignore[attr-defined]
+    return start
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def learned(run: Path) -> list[tuple[Any, ...]]:
+    """What two equal runs must agree on, to the last bit."""
+    keys = ("step", "tokens", "loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "val_loss")
+    return [tuple(line.get(key) for key in keys) for line in metrics(run)]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def newest(run: Path) -> Path:
+    found = checkpoint.latest(run / "checkpoints")
+    assert found is not None
+    return found
+
+
+def test_a_run_and_its_files(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert tiny("run") == 0
+    run = tmp_path / "run"
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.jsonl", "samples.md", "checkpoints"}
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == list(range(1, 21)) and lines[-1]["tokens"] == 20 * 256
+    for key in ("loss", "lr", "grad_norm", "tokens_per_sec", "mfu", "data_wait_sec", "mtp_loss", "accuracy", "experts"):
+        assert all(key in line for line in lines), key
+    assert [line["step"] for line in lines if "val_bpb" in line] == [10, 20]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    assert len(lines[0]["experts"]) == 2 and sum(n for _, n in lines[0]["experts"][0]["busiest"]) <= 512
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_00000010", "step_00000020"]
+    assert "## Step 20\n\n> **Emma**" in (run / "samples.md").read_text(encoding="utf-8")
+    output = capsys.readouterr().out
+    assert "step 20/20" in output and "generate.py --checkpoint" in output and "\r" not in output
+
+    directory = newest(run)
+    theirs, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not report["missing_keys"] and not report["mismatched_keys"] and theirs.dtype == torch.float32
+    tokens = AutoTokenizer.from_pretrained(directory)("Emma was", return_tensors="pt").input_ids
+    ours, _ = generate.load(directory)
+    with torch.no_grad():
+        assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+    state = json.loads((directory / STATE_FILE).read_text())
+    assert state["step"] == 20 and str(tmp_path) not in (directory / "config.json").read_text()
+
+
+def test_a_finished_run_is_left_alone(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny("run", "train.steps=3") == 0
+    before = hashes(tmp_path / "run")
+    capsys.readouterr()
+    assert tiny("run", "train.steps=3") == 0
+    assert hashes(tmp_path / "run") == before
+    output = capsys.readouterr().out
+    assert "finished" in output and "train.steps=N" in output and "generate.py" in output and "--resume never" in output
+    assert tiny("run", "train.steps=5") == 0  # extended
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("options", [(), ("train.precision=bf16", "optim.name=adamw", "train.recompute=true")])
+def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """SIGKILL after the checkpoint of step 10, in another process; twice resumed; equal to the last bit."""
+    if sys.platform == "win32":
+        pytest.skip("SIGKILL")
+    options = (*options, "train.steps=40", "data.workers=1")
+    assert tiny("whole", *options) == 0
+    command = [sys.executable, str(ROOT / "train.py"), *tiny.command("killed", *options)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as process:
+        run = tmp_path / "killed"
+        deadline = time.time() + 120
+        while not (run / "checkpoints" / "step_00000010").exists() and time.time() < deadline:
+            time.sleep(0.002)
+        process.kill()
+    assert newest(run).name != "step_00000040", "killed too late to show anything"
+    assert tiny("killed", *options, "checkpoint.every_steps=7") == 0
+    assert learned(run) == learned(tmp_path / "whole")
+    one, two = newest(run), newest(tmp_path / "whole")
+    assert one.name == two.name == "step_00000040"
+    for name in ("model.safetensors", "optimizer.safetensors", "rng.safetensors", STATE_FILE):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+def test_three_chained_resumes_drop_later_metrics(tiny, tmp_path: Path) -> None:
+    assert tiny("whole") == 0
+    for last in (4, 9, 15):
+        stop_after(tiny, "chain", last)
+        with open(tmp_path / "chain" / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": last + 1, "loss": 0.0}) + '\n{"step": 99, "lo')  # past the checkpoint; half a line
+    assert tiny("chain") == 0
+    assert learned(tmp_path / "chain") == learned(tmp_path / "whole")
+    names = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", STATE_FILE)
+    one, two = newest(tmp_path / "chain"), newest(tmp_path / "whole")
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+
+
+def stop_after(tiny, name: str, step: int, *options: str) -> None:
+    """Run until `step` steps are done, then signal this process in the middle of the next."""
+    real = train.train_step
+
+    def interrupted(run, number, batch):
+        if number == step:
+            signal.raise_signal(signal.SIGTERM)
+        return real(run, number, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", interrupted)
+        assert tiny(name, *options) == 128 + signal.SIGTERM
+
+
+def test_a_signal_saves_the_last_completed_step(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    stop_after(tiny, "run", 6)
+    assert newest(tmp_path / "run").name == "step_00000006"
+    assert "stopped by SIGTERM after step 6 of 20" in capsys.readouterr().out
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_signal_to_the_process_and_its_worker(tiny, tmp_path: Path) -> None:
+    if sys.platform == "win32":
+        pytest.skip("POSIX signals")
+    command = [sys.executable, str(ROOT / "train.py"), *tiny.command("run", "train.steps=100000", "data.workers=1")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 3/"):
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped by SIGINT" in output and "Traceback" not in errors
+    assert newest(tmp_path / "run").name >= "step_00000003"
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ("model.hidden_size=48", ["model.hidden_size", "32", "48"]),
+        ("data.seq_len=16", ["data.seq_len", "32", "16"]),
+        ("data.sources=corpus/austen.parquet", ["data.sources", "austen.parquet", "emma.txt"]),
+        ("train.seed=7", ["train.seed", "1337", "7"]),
+        ("optim.lr=1e-3", ["optim.lr", "0.003", "0.001"]),
+        ("optim.name=adamw", ["optim.name", "muon", "adamw"]),
+        ("train.batch_tokens=512", ["train.batch_tokens", "256", "512"]),
+        ("train.precision=bf16", ["train.precision", "fp32", "bf16"]),
+        ("data.tokenizer=openai-community/gpt2", ["data.tokenizer", "bpe", "openai-community/gpt2"]),
+    ],
+)
+def test_what_must_not_change(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, parts: list[str]) -> None:
+    stop_after(tiny, "run", 1)
+    before = hashes(tmp_path / "run")
+    capsys.readouterr()
+    assert tiny("run", change) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(part in error for part in parts), error
+    assert hashes(tmp_path / "run") == before
+
+
+def test_what_may_change(tiny, tmp_path: Path, text: Path) -> None:
+    stop_after(tiny, "run", 2)
+    (tmp_path / "moved").mkdir()
+    moved = tmp_path / "moved" / "emma.txt"
+    moved.write_bytes(text.read_bytes())
+    changes = ("train.steps=4", "train.micro_batch=2", "log.every_steps=2", "eval.every_steps=3", "checkpoint.keep=1")
+    assert tiny("run", f"data.sources={moved}", "data.workers=1", "train.precision=auto", *changes) == 0
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000004"]
+
+
+def test_resume_never_and_from_a_path(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny("run", "train.steps=20") == 0
+    old = hashes(tmp_path / "run")
+    assert tiny("run", "train.steps=2", "--resume", "never") == 0
+    assert hashes(tmp_path / "run.1") == old and newest(tmp_path / "run").name == "step_00000002"
+    ten = str(tmp_path / "run.1" / "checkpoints" / "step_00000010")
+    assert tiny("branch", "--resume", ten) == 0
+    assert learned(tmp_path / "branch") == learned(tmp_path / "run.1")[10:]
+    capsys.readouterr()
+    assert tiny("run.1", "train.steps=30", "--resume", ten) == 2
+    assert "step_00000020" in capsys.readouterr().err
+    assert tiny("run.1", "--resume", str(tmp_path / "nowhere")) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_damaged_checkpoints(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny("run") == 0
+    with open(newest(tmp_path / "run") / "model.safetensors", "r+b") as file:
+        file.seek(5000)
+        file.write(b"\xff\xff\xff\xff")
+    assert tiny("run") == 0  # from step 10 again
+    assert newest(tmp_path / "run").name == "step_00000020"
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        (path / "manifest.json").write_text("{}")
+    assert tiny("run") == 2
+    assert "no intact checkpoint" in capsys.readouterr().err
+
+
+def test_init_from_takes_weights_only(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny("first") == 0
+    assert tiny("second", f"train.init_from={tmp_path / 'first'}", "train.steps=1", "optim.lr=1e-9") == 0
+    one, two = (load_file(newest(tmp_path / name) / "model.safetensors") for name in ("first", "second"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=2e-3 if "bias" in name else 1e-6, rtol=0)
+    assert metrics(tmp_path / "second")[0]["loss"] < metrics(tmp_path / "first")[0]["loss"] - 0.5
+    capsys.readouterr()
+    assert tiny("third", f"train.init_from={tmp_path / 'first'}", "model.hidden_size=48") == 2
+    assert "model.hidden_size" in capsys.readouterr().err
+
+
+GOLDEN = [0.0]
+
+
+def test_golden_losses(tiny, tmp_path: Path) -> None:
+    """Twenty losses of this seed, on this text. They change only on purpose, with an entry in LOG.md."""
+    assert tiny("run") == 0
+    assert [round(line["loss"], 4) for line in metrics(tmp_path / "run")] == pytest.approx(GOLDEN, abs=2e-3)
+
+
+def test_a_step_without_finite_gradients_changes_nothing(tiny, tmp_path: Path) -> None:
+    real, seen = train.train_step, []
+
+    def poisoned(run, number, batch):
+        if number == 3:
+            parameter = next(run.model.parameters())
+            hook = parameter.register_hook(lambda grad: grad * float("nan"))
+            before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+            state = {name: tensor.clone() for name, tensor in run.optimizers.state().items()}
+            result = real(run, number, batch)
+            hook.remove()
+            assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
+            assert all(torch.equal(tensor, state[name]) for name, tensor in run.optimizers.state().items())
+            seen.append(result)
+            return result
+        return real(run, number, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", poisoned)
+        assert tiny("run", "train.steps=6") == 0
+    assert seen[0]["skipped"] and metrics(tmp_path / "run")[-1]["skipped_steps"] == 1
+    assert [line["grad_norm"] is None for line in metrics(tmp_path / "run")] == [False] * 3 + [True] + [False] * 2
+
+
+def test_diverging_stops(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import optim
+
+    monkeypatch.setattr(train, "DIVERGED_AFTER", 3)
+    monkeypatch.setattr(optim, "clip_gradients", lambda *_: torch.tensor(float("nan")))
+    assert tiny("run") == 1
+    assert "no finite gradient for 3 steps" in capsys.readouterr().out
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("batch_tokens", [256, 160])
+def test_two_ranks_equal_one(tiny, tmp_path: Path, batch_tokens: int) -> None:
+    """gloo DDP against one process on the same global batch; 160 tokens are 5 rows, dealt 2 and 3."""
+    options = (f"train.batch_tokens={batch_tokens}", "train.micro_batch=1", "optim.ns_dtype=fp32", "optim.eps=1e-6")
+    assert tiny("one", *options) == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "train.py"), *tiny.command("two", *options)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for key in ("loss", "mtp_loss", "balance_loss", "grad_norm", "val_loss"):
+        assert [line.get(key) for line in two] == [pytest.approx(line.get(key), rel=1e-5) for line in one], key
+    assert [line["experts"] for line in one] == [line["experts"] for line in two]
+    assert json.loads((newest(tmp_path / "one") / STATE_FILE).read_text())["cursor"] == (
+        json.loads((newest(tmp_path / "two") / STATE_FILE).read_text())["cursor"]
+    )
+
+
+def test_micro_batches_put_empty_ones_first() -> None:
+    assert [p.stop - p.start for p in train.micro_batches(2, 3)] == [0, 1, 1]
+    assert [p.stop - p.start for p in train.micro_batches(8, 3)] == [2, 3, 3]
+    assert train.micro_batches(5, 2) == [slice(0, 2), slice(2, 5)]
+
+
+def test_the_hub_out_of_reach(tmp_path: Path) -> None:
+    """The default run without a network: what could not be reached, what to do, exit code 2."""
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    command = [sys.executable, str(ROOT / "train.py"), f"run.dir={tmp_path / 'run'}"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "could not" in result.stderr or "cannot" in result.stderr
+    assert "no GPU found" in result.stdout or torch.cuda.is_available()
+    assert not (tmp_path / "run").exists()
+
+
+def test_dotenv_is_read_and_real_variables_win(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("HF_TOKEN=from-file\nHF_HOME=from-file\n")
+    code = "import train, os; train.prepare_environment(); print(os.environ['HF_TOKEN'], os.environ['HF_HOME'])"
+    environment = {**os.environ, "HF_HOME": "real", "PYTHONPATH": str(ROOT)}
+    environment.pop("HF_TOKEN", None)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert result.stdout.split() == ["from-file", "real"], result.stderr
+
+
+def test_too_small_a_vocabulary_and_a_missing_file(tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny("run", "data.sources=nowhere.txt") == 2
+    assert "nowhere.txt" in capsys.readouterr().err
+    assert tiny("run", "train.precision=fp16") == 2
+    assert "fp16" in capsys.readouterr().err

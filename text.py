@@ -1,0 +1,56 @@
+"""Text between tokenizer and terminal: prompts to ids, tokens to text as they come, control characters made visible."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from config import UserError
+from options import shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# What a terminal would act upon or be deceived by: C0 without tab and newline, DEL, C1, bidirectional overrides and
+# isolates; and lone surrogates, which no UTF-8 output takes.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def safe_text(text: str) -> str:
+    """The text with control characters as visible escapes (\\x1b), for a terminal or a log; newline and tab stay."""
+    return _UNSAFE.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def prompt_ids(tok: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Ids as the tokenizer gives them; an empty text starts from BOS, or else EOS, as a document does."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"prompt {shown(text)} is not valid UTF-8") from None
+    ids = tok(text, verbose=False)["input_ids"]
+    start = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
+    return ids or [start]  # type: ignore[return-value]
+
+
+class TextStream:
+    """Tokens in, safe text out as soon as it is complete: half a UTF-8 character waits for the rest.
+
+    Tokens are decoded together with those before them, since some tokenizers drop a leading space otherwise.
+    """
+
+    def __init__(self, tok: PreTrainedTokenizerFast, prompt: Sequence[int] = ()):
+        self.tok = tok
+        self.before, self.pending = list(prompt[-8:]), []
+
+    def feed(self, *tokens: int, end: bool = False) -> str:
+        """The text that became complete; at the `end` all of it, with U+FFFD for a broken character."""
+        self.pending += tokens
+        known, text = (
+            str(self.tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            for ids in (self.before, self.before + self.pending)
+        )
+        if text.endswith("\ufffd") and not end:
+            return ""
+        self.before, self.pending = self.pending or self.before, []
+        return safe_text(text[len(known) :])
