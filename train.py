@@ -76,6 +76,7 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
     unit = run.scale.value * mesh.world_size / (rows * seq_len)
     mtp_weight = run.weight_at(step)
     weights = LossWeights(unit, (unit * mtp_weight / max(1, depth),) * depth, unit * seq_len * config.model.aux_loss_alpha)
+    nothing = LossWeights(0.0, (0.0,) * depth, 0.0)
     most = -(-rows // mesh.world_size)
     parts = micro_batches(len(batch.tokens), -(-most // config.train.micro_batch))
     run.optimizers.zero_grad()
@@ -84,11 +85,14 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
         if mesh.any(run.stop.requested):
             run.optimizers.zero_grad()
             return None
-        if part.start < part.stop:
-            rows_BX = batch.tokens[part].to(mesh.device, non_blocking=True)
-            with synchronised(run.replica, last=number == len(parts) - 1):
-                out = run.replica(rows_BX[:, :seq_len], rows_BX[:, 1:], loss_weights=weights)
-                out.loss.backward()
+        # With more turns than rows (one row at a time, dealt unevenly) a rank idles on its first row, weighing nothing:
+        # DDP has collectives in forward, too, so all ranks must make the same calls.
+        idle = part.start == part.stop
+        rows_BX = batch.tokens[slice(0, 1) if idle else part].to(mesh.device, non_blocking=True)
+        with synchronised(run.replica, last=number == len(parts) - 1):
+            out = run.replica(rows_BX[:, :seq_len], rows_BX[:, 1:], loss_weights=nothing if idle else weights)
+            out.loss.backward()
+        if not idle:
             counted = (out.nats, out.num_correct, out.balance, out.expert_counts)
             part_sums = torch.cat([tensor.detach().double().flatten() for tensor in counted])
             sums = part_sums if sums is None else sums + part_sums
@@ -110,10 +114,8 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
 
 
 def micro_batches(rows: int, number: int) -> list[slice]:
-    """Cut `rows` into `number` parts that differ by at most one row, empty ones first: all ranks reduce in the last."""
-    sizes = sorted((part + 1) * rows // number - part * rows // number for part in range(number))
-    ends = [sum(sizes[: part + 1]) for part in range(number)]
-    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    """Cut `rows` into `number` parts that differ by at most one row."""
+    return [slice(part * rows // number, (part + 1) * rows // number) for part in range(number)]
 
 
 def step_metrics(sums: list[float], tokens: int, rows: int, mtp_weight: float, config: Config) -> dict[str, Any]:
@@ -504,12 +506,17 @@ def write_samples(run: Run, tokenizer: PreTrainedTokenizerFast, step: int) -> No
     sample = run.config.sample
     run.tracker.progress(step, "sampling")
     room = run.config.model.max_position_embeddings - sample.max_new_tokens
-    prompts = [tokenizer.encode(prompt, add_special_tokens=False)[: max(1, room)] for prompt in sample.prompts]
-    texts = generate.generate(
-        run.model, prompts, max_new_tokens=min(sample.max_new_tokens, run.config.model.max_position_embeddings - 1),
-        temperature=sample.temperature, top_k=sample.top_k, seed=run.config.train.seed,
-        eos_ids=(tokenizer.eos_token_id,), vocab_limit=len(tokenizer),
-    )  # fmt: skip
+    end = tokenizer.eos_token_id
+    prompts = [tokenizer.encode(text, add_special_tokens=False)[: max(1, room)] or [end] for text in sample.prompts]
+    try:
+        texts = generate.generate(
+            run.model, prompts, max_new_tokens=min(sample.max_new_tokens, run.config.model.max_position_embeddings - 1),
+            temperature=sample.temperature, top_k=sample.top_k, seed=run.config.train.seed, eos_ids=(end,),
+            vocab_limit=len(tokenizer),
+        )  # fmt: skip
+    except UserError as error:  # a model with infinite logits cannot be sampled from; training decides by itself
+        run.tracker.note(f"no samples: {error}")
+        return
     shown = [generate.safe_text(tokenizer.decode(text)) for text in texts]
     run.tracker.samples(step, list(zip(sample.prompts, shown, strict=True)))
     if step == run.steps:

@@ -290,7 +290,10 @@ def test_init_from_takes_weights_only(tiny, tmp_path: Path, capsys: pytest.Captu
     assert "model.hidden_size" in capsys.readouterr().err
 
 
-GOLDEN = [0.0]
+GOLDEN = [
+    5.787, 5.7642, 5.7306, 5.7032, 5.6445, 5.5857, 5.5293, 5.4559, 5.3961, 5.284,
+    5.234, 5.1587, 5.0972, 5.012, 4.9285, 4.8372, 4.8206, 4.755, 4.7244, 4.7095,
+]  # fmt: skip
 
 
 def test_golden_losses(tiny, tmp_path: Path) -> None:
@@ -333,29 +336,30 @@ def test_diverging_stops(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("batch_tokens", [256, 160])
+@pytest.mark.parametrize("batch_tokens", [160, pytest.param(256, marks=pytest.mark.slow)])
 def test_two_ranks_equal_one(tiny, tmp_path: Path, batch_tokens: int) -> None:
     """gloo DDP against one process on the same global batch; 160 tokens are 5 rows, dealt 2 and 3."""
     options = (f"train.batch_tokens={batch_tokens}", "train.micro_batch=1", "optim.ns_dtype=fp32", "optim.eps=1e-6")
     assert tiny("one", *options) == 0
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "train.py"), *tiny.command("two", *options)], capture_output=True, text=True
+        [sys.executable, *launcher, str(ROOT / "train.py"), *tiny.command("two", *options)], capture_output=True, text=True,
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     for key in ("loss", "mtp_loss", "balance_loss", "grad_norm", "val_loss"):
-        assert [line.get(key) for line in two] == [pytest.approx(line.get(key), rel=1e-5) for line in one], key
+        values = [[line[key] for line in lines if key in line] for lines in (one, two)]
+        assert values[1] == pytest.approx(values[0], rel=1e-5) and values[0], key
     assert [line["experts"] for line in one] == [line["experts"] for line in two]
     assert json.loads((newest(tmp_path / "one") / STATE_FILE).read_text())["cursor"] == (
         json.loads((newest(tmp_path / "two") / STATE_FILE).read_text())["cursor"]
     )
 
 
-def test_micro_batches_put_empty_ones_first() -> None:
-    assert [p.stop - p.start for p in train.micro_batches(2, 3)] == [0, 1, 1]
-    assert [p.stop - p.start for p in train.micro_batches(8, 3)] == [2, 3, 3]
+def test_micro_batches_differ_by_at_most_one_row() -> None:
     assert train.micro_batches(5, 2) == [slice(0, 2), slice(2, 5)]
+    assert train.micro_batches(2, 3) == [slice(0, 0), slice(0, 1), slice(1, 2)]
 
 
 def test_the_hub_out_of_reach(tmp_path: Path) -> None:

@@ -1,0 +1,77 @@
+"""Chunked cross-entropy against torch's, and the balance loss against the paper's formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import losses
+
+
+def problem(dtype: torch.dtype, rows: int = 21, vocabulary: int = 37):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, 8, generator=generator).to(dtype).requires_grad_()
+    head = torch.randn(vocabulary, 8, generator=generator).requires_grad_()
+    target = torch.randint(vocabulary, (rows,), generator=generator)
+    target[[2, 7]] = losses.IGNORE
+    weight = torch.rand(rows, generator=generator)
+    return hidden, head, target, weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_logits", [1, 37 * 5, 10**6])
+def test_chunked_equals_plain(dtype: torch.dtype, chunk_logits: int) -> None:
+    hidden, head, target, weight = problem(dtype)
+    loss, nats, correct = losses.linear_cross_entropy(hidden, head, target, weight, chunk_logits=chunk_logits)
+    plain_loss, plain_nats, plain_correct = losses.linear_cross_entropy_reference(hidden, head, target, weight)
+    atol = 1e-5 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(loss, plain_loss, atol=atol, rtol=1e-5 if dtype == torch.float32 else 1e-2)
+    torch.testing.assert_close(nats, plain_nats, atol=atol, rtol=1e-2)
+    assert torch.equal(correct, plain_correct & (target != losses.IGNORE))
+    ours = torch.autograd.grad(loss * 3, (hidden, head))  # an incoming gradient other than 1
+    theirs = torch.autograd.grad(plain_loss * 3, (hidden, head))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4 if dtype == torch.float32 else 0.15, rtol=1e-3)
+
+
+def test_rows_without_a_target_cost_nothing() -> None:
+    hidden, head, target, weight = problem(torch.float32)
+    _, nats, _ = losses.linear_cross_entropy(hidden, head, target, weight)
+    assert nats[[2, 7]].tolist() == [0, 0]
+    (gradient,) = torch.autograd.grad(losses.linear_cross_entropy(hidden, head, target, weight)[0], (hidden,))
+    assert gradient[[2, 7]].abs().max() == 0
+
+
+def test_extreme_logits_stay_finite() -> None:
+    hidden = torch.tensor([[1000.0, 0.0], [0.0, 0.0]], requires_grad=True)
+    head = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.5, 0.0]])
+    loss, nats, _ = losses.linear_cross_entropy(hidden, head, torch.tensor([1, 0]), torch.ones(2))
+    assert nats[0] == 2000 and nats[1] == pytest.approx(1.0986, abs=1e-4)
+    loss.backward()
+    assert hidden.grad is not None and hidden.grad.isfinite().all()
+
+
+def test_no_gradient_is_computed_where_none_is_wanted() -> None:
+    hidden, head, target, weight = problem(torch.float32)
+    with torch.no_grad():
+        loss, *_ = losses.linear_cross_entropy(hidden, head, target, weight)
+    assert not loss.requires_grad
+
+
+def test_balance_loss_is_the_papers() -> None:
+    """alpha * sum_i f_i P_i per sequence (2412.19437, Eq. 17-20), written out for one sequence."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(2, 10, 6, generator=generator, requires_grad=True)
+    chosen = scores.detach().topk(2, -1).indices
+    expected = torch.zeros(())
+    for sequence in range(2):
+        normed = scores[sequence] / scores[sequence].sum(-1, keepdim=True)
+        for expert in range(6):
+            f = 6 / (2 * 10) * (chosen[sequence] == expert).sum()
+            expected = expected + f * normed[:, expert].mean()
+    value = losses.balance_loss(scores, chosen)
+    torch.testing.assert_close(value, expected)
+    ours, theirs = (torch.autograd.grad(loss, (scores,), retain_graph=True)[0] for loss in (value, expected))
+    torch.testing.assert_close(ours, theirs)
+    even = losses.balance_loss(torch.full((1, 6, 6), 0.5), torch.arange(12).view(1, 6, 2) % 6)
+    assert even == pytest.approx(1.0)
