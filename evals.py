@@ -22,7 +22,8 @@ def evaluate(
     """
     start, end = mesh.share(len(held_out.tokens))
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    for batch in range(-(-(-(-len(held_out.tokens) // mesh.world_size)) // rows)):  # equally many on every rank
+    most = math.ceil(len(held_out.tokens) / mesh.world_size)
+    for batch in range(math.ceil(most / rows)):  # equally many on every rank
         if stopped():
             return {}
         part = slice(start + batch * rows, min(start + (batch + 1) * rows, end))

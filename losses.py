@@ -14,8 +14,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Computes gradients chunk by chunk in the forward pass, so that the (N, W) logits never exist (as Liger does)."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, head_WD, target_N, weight_N, rows):  # type: ignore[override]
-        with_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    def forward(ctx, hidden_ND, head_WD, target_N, weight_N, rows, with_grad):  # type: ignore[override]
         head = head_WD.to(hidden_ND.dtype)
         nats_N = torch.empty(len(target_N), dtype=torch.float32, device=hidden_ND.device)
         correct_N = torch.empty(len(target_N), dtype=torch.bool, device=hidden_ND.device)
@@ -49,7 +48,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         grad_hidden_ND, grad_head_WD = ctx.saved_tensors
         # Out of place: autograd may keep the saved tensors for another backward.
-        return grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), grad_head_WD * grads[0], None, None, None
+        return grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), grad_head_WD * grads[0], None, None, None, None
 
 
 def linear_cross_entropy(
@@ -59,13 +58,14 @@ def linear_cross_entropy(
 
     Args:
         hidden_ND: hidden states; products run in their dtype, softmax and sums in fp32. head_WD: head, cast to it.
-        target_N: int64, `IGNORE` for rows without loss. weight_N: fp32 weight of every row (no gradient). Weights hold the
+        target_N: int64, `IGNORE` for rows without loss. weight_N: fp32 weight of every row (no gradient); it holds the
             fp16 loss scale too, so that small gradients survive the 16-bit products.
     Returns:
         sum of weight * nats (differentiable), nats per row, whether the most likely token is the target.
     """
     rows = max(1, chunk_logits // head_WD.shape[0])
-    return _LinearCrossEntropy.apply(hidden_ND, head_WD, target_N, weight_N, rows)  # type: ignore[return-value]
+    with_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or head_WD.requires_grad)
+    return _LinearCrossEntropy.apply(hidden_ND, head_WD, target_N, weight_N, rows, with_grad)  # type: ignore[return-value]
 
 
 def linear_cross_entropy_reference(

@@ -7,8 +7,8 @@ table). Local tensors carry their shape as a suffix:
     H heads         Q query latent           C kv latent       P nope dim          R rope dim    V value dim
     E experts       A active experts         G groups          F ffn width         K = P + R     L layers
 
-`k_rope_BTR` has no H: one rotary key for all heads is the idea of MLA. Parameters are fp32 masters when training; matrix
-products run in the model's `dtype`; the residual stream, norms' statistics, router, softmax and losses are fp32.
+`k_rope_BTR` has no H: one rotary key for all heads is the idea of MLA. Parameters are fp32 masters when training;
+matrix products run in the model's `dtype`; residual stream, norms' statistics, router, softmax and losses are fp32.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ class LatentCache:
     written in the longest row; entries past a row's own length are hidden by the causal mask until they are rewritten.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype):
+    def __init__(
+        self, config: ModelConfig, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype
+    ):
         self.num_layers = config.num_hidden_layers + config.num_nextn_predict_layers
         width = config.kv_lora_rank + config.qk_rope_head_dim
         self.latent_LBSC = torch.zeros(self.num_layers, batch, capacity, width, device=device, dtype=dtype)
@@ -147,7 +149,9 @@ class MLA(nn.Module):
         if cfg.q_lora_rank is None:
             q_BTHK = self.q_proj(x_BTD).unflatten(-1, (cfg.num_attention_heads, -1))
         else:
-            q_BTHK = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))).unflatten(-1, (cfg.num_attention_heads, -1))
+            q_BTHK = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))).unflatten(
+                -1, (cfg.num_attention_heads, -1)
+            )
         q_nope_BTHP, q_rope_BTHR = q_BTHK.split((cfg.qk_nope_head_dim, cfg.qk_rope_head_dim), -1)
         q_rope_BTHR = rotate(q_rope_BTHR, rope_BTR)
         latent_BTC, k_rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split((cfg.kv_lora_rank, cfg.qk_rope_head_dim), -1)
@@ -258,9 +262,7 @@ class DeepSeekMoE(nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         expert_NA, weight_NA, scores_NE = self.gate(x_ND)
         y_ND, counts_E = self.experts(x_ND, expert_NA, weight_NA)
-        balance = losses.balance_loss(
-            scores_NE.view(batch, num_tokens, -1), expert_NA.view(batch, num_tokens, -1)
-        )
+        balance = losses.balance_loss(scores_NE.view(batch, num_tokens, -1), expert_NA.view(batch, num_tokens, -1))
         return (y_ND + self.shared_experts(x_ND)).view_as(x_BTD), Routing(counts_E, balance)
 
 
@@ -312,9 +314,13 @@ class MTP(Block):
         self.shared_head = SharedHead(config)
 
     def forward(  # type: ignore[override]
-        self, hidden_BTD: Tensor, tokens_BT: Tensor, positions_BT: Tensor | None = None, cache: LatentCache | None = None
+        self,
+        hidden_BTD: Tensor,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        cache: LatentCache | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """`tokens_BT[:, i]` is the token one past what `hidden_BTD[:, i]` has seen. Returns the normed state, (B, T, D)."""
+        """`tokens_BT[:, i]` is the token one past what `hidden_BTD[:, i]` has seen. Returns the normed state."""
         embedded_BTD = self.enorm(F.embedding(tokens_BT, self.shared[0].weight), self.dtype)
         x_BTD = self.eh_proj(torch.cat((embedded_BTD, self.hnorm(hidden_BTD, self.dtype)), -1)).float()
         rope_BTR = self.rotary(arange_positions(tokens_BT) if positions_BT is None else positions_BT)
@@ -323,7 +329,7 @@ class MTP(Block):
 
 
 class LossWeights(NamedTuple):
-    """What a row's loss counts in the sum that is differentiated: weights over global counts, times the fp16 loss scale."""
+    """What a row's loss counts in the sum that is differentiated: weight / global count * fp16 loss scale."""
 
     main: float = 1.0
     mtp: tuple[float, ...] = ()
@@ -381,10 +387,10 @@ class DeepSeekV3(nn.Module):
 
         Args:
             tokens_BT: int64 ids. targets: (B, T + depth) or shorter: `targets[:, i]` follows `tokens[:, i]`, already
-                shifted, `losses.IGNORE` where nothing is predicted. MTP head d reads token `targets[:, i+d]` and predicts
-                `targets[:, i+d+1]`; what lies past the end is ignored.
-            positions: (B, T), default 0..T-1. cache: read and extended. loss_weights: default mean of the main loss plus
-                the means of the MTP losses.
+                shifted, `losses.IGNORE` where nothing is predicted. MTP head d reads token `targets[:, i+d]` and
+                predicts `targets[:, i+d+1]`; what lies past the end is ignored.
+            positions: (B, T), default 0..T-1. cache: read and extended. loss_weights: default the mean of the main loss
+                plus the means of the MTP losses.
         """
         hidden_BTD, routings = self.hidden(tokens_BT, positions=positions, cache=cache)
         if targets is None:
@@ -424,7 +430,12 @@ class DeepSeekV3(nn.Module):
         return block(*args)
 
     def _losses(
-        self, hidden_BTD: Tensor, tokens_BT: Tensor, targets: Tensor, routings: list[Routing], weights: LossWeights | None
+        self,
+        hidden_BTD: Tensor,
+        tokens_BT: Tensor,
+        targets: Tensor,
+        routings: list[Routing],
+        weights: LossWeights | None,
     ) -> Output:
         num_tokens = tokens_BT.shape[1]
         targets = F.pad(targets, (0, max(0, num_tokens + len(self.mtp) - targets.shape[1])), value=losses.IGNORE)
@@ -457,7 +468,9 @@ class DeepSeekV3(nn.Module):
             num_targets=num_targets,
             num_correct=correct_M.view_as(target_XN).sum(1),
             balance=balance.detach(),
-            expert_counts=torch.stack([routing.counts_E for routing in routings]) if routings else num_targets.new_zeros(0, 0),
+            expert_counts=torch.stack([routing.counts_E for routing in routings])
+            if routings
+            else num_targets.new_zeros(0, 0),
         )
 
 
@@ -472,7 +485,7 @@ def init_weights(model: DeepSeekV3, seed: int) -> None:
     Values come from a CPU generator in the order of the parameters: the same on every device and rank.
     """
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.fill_(1.0)
         else:
@@ -489,7 +502,7 @@ def moe_layers(model: DeepSeekV3) -> list[DeepSeekMoE]:
 
 
 class Counts(NamedTuple):
-    """Numbers of parameters. Router biases are buffers and counted apart; the MTP file's embedding and head copies nowhere."""
+    """Numbers of parameters. Router biases are buffers, counted apart; the MTP file's copies are counted nowhere."""
 
     total: int  # main model with embedding and head
     active: int  # used for one token: no embedding, no head, A of E routed experts
@@ -512,8 +525,8 @@ def _part(name: str) -> str:
     if "layernorm" in name or "norm." in name:
         return "norms"
     for key, part in (
-        ("embed_tokens", "embedding"), ("lm_head", "head"), ("self_attn", "attention"), ("shared_experts", "shared experts"),
-        ("mlp.experts", "routed experts"), ("mlp.gate.", "router"), ("eh_proj", "eh_proj"),
+        ("embed_tokens", "embedding"), ("lm_head", "head"), ("self_attn", "attention"),
+        ("shared_experts", "shared experts"), ("mlp.experts", "routed experts"), ("mlp.gate.", "router"),
     ):  # fmt: skip
         if key in name:
             return part
@@ -522,7 +535,7 @@ def _part(name: str) -> str:
 
 def count_parameters(model: DeepSeekV3) -> Counts:
     """Counts by part; works on `meta`."""
-    parts = dict.fromkeys(PARTS, 0)
+    parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     idle = {"main": 0.0, "mtp": 0.0}
     mtp = 0
     unused = 1 - model.config.num_experts_per_tok / model.config.n_routed_experts

@@ -13,8 +13,8 @@ from torch import Tensor
 def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, scale: float) -> Tensor:
     """Causal softmax attention, (B, H, T, V).
 
-    Fused kernels want equal query, key and value widths; where they differ, the narrower side is padded with zeros, which
-    changes neither scores nor values. The scale is explicit, so padding does not change it either.
+    Fused kernels want equal query, key and value widths; where they differ, the narrower side is padded with zeros,
+    which changes neither scores nor values. The scale is explicit, so padding does not change it either.
     """
     key_width, value_width = k_BHSK.shape[-1], v_BHSV.shape[-1]
     if q_BHTK.device.type == "cpu" and q_BHTK.dtype == torch.bfloat16 and q_BHTK.shape[2] <= 512:
@@ -74,7 +74,7 @@ class _FromSlots(torch.autograd.Function):
 
 
 def _sort_pairs(expert_NA: Tensor, counts_E: Tensor, width: int | None) -> Tensor:
-    """The slot of every pair, (N, A): pairs stand sorted by expert, each expert's padded to `width` if that is given."""
+    """The slot of every pair, (N, A): pairs sorted by expert, each expert's padded to `width` if that is given."""
     expert_M = expert_NA.flatten()
     order_M = expert_M.argsort(stable=True)
     rank_M = torch.empty_like(order_M)
@@ -86,7 +86,7 @@ def _sort_pairs(expert_NA: Tensor, counts_E: Tensor, width: int | None) -> Tenso
 
 
 def _use_grouped_mm(x_ND: Tensor, gate_up_EGD: Tensor) -> bool:
-    """Whether `F.grouped_mm` (torch 2.10) takes these shapes: rows of 16 bytes in every operand, forward and backward."""
+    """Whether `F.grouped_mm` (torch 2.10) takes these shapes: rows of 16 bytes, forward and backward."""
     aligned = all(size * x_ND.element_size() % 16 == 0 for size in (x_ND.shape[1], gate_up_EGD.shape[1] // 2))
     return aligned and x_ND.dtype in (torch.float32, torch.bfloat16) and hasattr(F, "grouped_mm")
 
@@ -94,11 +94,11 @@ def _use_grouped_mm(x_ND: Tensor, gate_up_EGD: Tensor) -> bool:
 def grouped_experts(
     x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Routed SwiGLU experts without a loop: `sum_a weight[n, a] * expert[n, a](x[n])`, (N, D), and tokens per expert, (E,).
+    """Routed SwiGLU experts: `sum_a weight[n, a] * expert[n, a](x[n])`, (N, D), and the tokens per expert, (E,).
 
-    No token is dropped. Pairs are sorted by expert; each expert's rows are padded to the longest and multiplied as one
-    batched product, the fastest form for small experts. When routing is so uneven that this would double the rows, a
-    grouped product over the unpadded rows is used instead, where torch has one for the shapes.
+    No loop, and no token is dropped. Pairs are sorted by expert; each expert's rows are padded to the longest and
+    multiplied as one batched product, the fastest form for small experts. When routing is so uneven that this would
+    double the rows, a grouped product over the unpadded rows is used instead, where torch has one for the shapes.
 
     Args:
         expert_NA: chosen experts, int64. weight_NA: their weights, fp32.
@@ -137,4 +137,3 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up over the last dimension, whose first half is the gate."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
-

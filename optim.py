@@ -2,8 +2,8 @@
 
 Muon (kellerjordan.github.io/posts/muon) steps along the orthogonalised Nesterov momentum of a matrix. With Moonlight's
 scale 0.2 * sqrt(max(rows, cols)) (2502.16982, Eq. 4) its update has AdamW's usual size, so that both share one learning
-rate, schedule and weight decay. `torch.optim.Muon` takes 2-D parameters only and the `muon-optimizer` package wants a process
-group and treats a stacked tensor's fused gate and up as one matrix: ours takes every expert, and gate and up, on its own.
+rate, schedule and weight decay. `torch.optim.Muon` takes 2-D parameters only, and the `muon-optimizer` package treats a
+stacked tensor's fused gate and up as one matrix: ours takes every expert, and gate and up, on its own, in batches.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def as_matrices(parameter: Tensor, split: int) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon over 2-D and stacked 3-D parameters, orthogonalised in batches of equal shape. Needs no process group.
 
-    A group may hold `split`: how many matrices lie below each other in each of its parameters (2 for fused gate and up).
+    A group may hold `split`: how many matrices lie below each other in its parameters (2 for fused gate and up).
     """
 
     def __init__(
@@ -105,13 +105,15 @@ class Optimizers:
     """The optimizers of a model as one: one learning rate, state keyed by parameter name."""
 
     def __init__(self, model: DeepSeekV3, config: OptimConfig, *, ns_dtype: torch.dtype):
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         muon, adamw = [], []
         for parameter, name in self.names.items():
             if config.name == "muon" and uses_muon(name, parameter):
                 muon.append({"params": [parameter], "split": 2 if name.endswith("experts.gate_up_proj") else 1})
             else:
-                adamw.append({"params": [parameter], "weight_decay": config.weight_decay if parameter.dim() > 1 else 0.0})
+                adamw.append(
+                    {"params": [parameter], "weight_decay": config.weight_decay if parameter.dim() > 1 else 0.0}
+                )
         self.all: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(adamw, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
         ]
@@ -151,7 +153,9 @@ class Optimizers:
                 raise ValueError(f"optimizer state of {name}, which the model does not have")
             parameter = parameters[name]
             if key != "step" and tensor.shape != parameter.shape:
-                raise ValueError(f"optimizer state {full_name} has shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
+                raise ValueError(
+                    f"optimizer state {full_name} has shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}"
+                )
             # A copy: what the checkpoint's reader returns is mapped from its file.
             owner[parameter].state[parameter][key] = tensor.to(parameter.device, copy=True)
 
@@ -162,8 +166,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, scale: f
     A non-finite norm leaves garbage in the gradients: the caller skips the step.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float()) / scale
-    torch._foreach_mul_(grads, (max_norm / norm.clamp(min=max_norm)) / scale)
+    norm = nn.utils.get_total_norm(grads) / scale
+    factor = max_norm / norm.clamp(min=max_norm) / scale
+    for grad in grads:
+        grad.mul_(factor)
     return norm
 
 

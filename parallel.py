@@ -91,11 +91,15 @@ def pick_device(local_rank: int, *, allow_cpu: bool) -> torch.device:
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"rank {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}")
         torch.cuda.set_device(local_rank)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # Ampere and later; else no effect
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+            True  # Ampere and later; else no effect
+        )
         return torch.device("cuda", local_rank)
-    if torch.version.cuda is None and not allow_cpu and _has_nvidia_card():
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not allow_cpu and not hidden and _has_nvidia_card():
+        built = "is built for the CPU" if torch.version.cuda is None else f"(CUDA {torch.version.cuda}) cannot use it"
         raise UserError(
-            f"this machine has an NVIDIA GPU, but torch {torch.__version__} is built for the CPU; install a CUDA build: "
+            f"this machine has an NVIDIA GPU, but torch {torch.__version__} {built}; install one that can: "
             f'pip install --force-reinstall "{TORCH_RANGE}" --index-url https://download.pytorch.org/whl/cu126 '
             "(or go on without the GPU: --allow-cpu)"
         )

@@ -60,7 +60,7 @@ def describe(config: Config, *, tokens_per_sec: float | None, price_per_hour: fl
     counts = count_parameters(model)
     steps = num_steps(config, counts)
     tokens = steps * config.train.batch_tokens
-    seq_len = config.data.seq_len
+    seq_len, per_parameter = config.data.seq_len, tokens / counts.active_with_head
     full, causal = (flops_per_token(config.model, counts, seq_len, causal=causal) for causal in (False, True))
     rows = [*counts.parts.items(), ("total", counts.total), ("active per token", counts.active)]
     rows += [("active with head", counts.active_with_head), ("MTP layers", counts.mtp)]
@@ -72,10 +72,10 @@ def describe(config: Config, *, tokens_per_sec: float | None, price_per_hour: fl
         "parameters",
         *(f"  {name:<26}{number:>18,}" for name, number in rows),
         "",
-        f"tokens    {tokens:,} in {steps:,} steps of {config.train.batch_tokens:,} "
-        f"({tokens / counts.active_with_head:.1f} per active parameter)",
-        f"FLOPs     {full / 1e9:.3f} GFLOP per token over all {seq_len} keys, {causal / 1e9:.3f} over the causal half; "
-        f"{full * tokens:.2e} in all",
+        f"tokens    {tokens:,} in {steps:,} steps of {config.train.batch_tokens:,}",
+        f"          {per_parameter:.1f} per active parameter",
+        f"FLOPs     {full / 1e9:.3f} GFLOP per token over all {seq_len} keys, {causal / 1e9:.3f} over the causal half",
+        f"          {full * tokens:.2e} in all",
         "",
         "memory    estimated from tensor sizes, GiB",
         *(f"  {part:<26}{size:>18.2f}" for part, size in [*memory.items(), ("sum", sum(memory.values()))]),
@@ -83,7 +83,10 @@ def describe(config: Config, *, tokens_per_sec: float | None, price_per_hour: fl
     if tokens_per_sec:
         seconds = tokens / tokens_per_sec
         cost = f", {price_per_hour * seconds / 3600:,.2f} at {price_per_hour:g} an hour" if price_per_hour else ""
-        lines += ["", f"time      {duration(seconds)} ({seconds / 3600:.1f} hours) at {tokens_per_sec:,.0f} tokens/s{cost}"]
+        lines += [
+            "",
+            f"time      {duration(seconds)} ({seconds / 3600:.1f} hours) at {tokens_per_sec:,.0f} tokens/s{cost}",
+        ]
     else:
         lines += ["", "time      give --tokens-per-sec, and --price-per-hour for the cost"]
     return "\n".join(lines)

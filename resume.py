@@ -1,23 +1,33 @@
-"""What a run goes on from: which checkpoint, whether the configuration still fits it, and the state beside the weights."""
+"""What a run goes on from: which checkpoint, whether the configuration still fits it, the state beside the weights."""
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 import checkpoint
+import convert
+import tokenizer as tokenizers
 from config import Config, UserError
+from model import DeepSeekV3
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 SCHEMA = 1
 STATE_FILE = "training_state.json"
-# Keys that may change on resume: they decide how long, how visibly and how comfortably a run goes on, not what it learns.
+# What may change on resume: it decides how long, how visibly and how comfortably a run goes on, not what it learns.
 FREE_SECTIONS = ("run", "log", "eval", "sample", "checkpoint")
 FREE_KEYS = {
-    "data.workers", "train.steps", "train.tokens_per_active_param", "train.micro_batch", "train.recompute", "train.init_from",
-    "train.precision", "data.sources",  # these two are compared by what they resolve to
+    "data.workers", "train.steps", "train.tokens_per_active_param", "train.micro_batch", "train.recompute",
+    "train.init_from",
 }  # fmt: skip
 
 
@@ -33,7 +43,7 @@ class TrainState:
     tokens: int = 0
     skipped_steps: int = 0
     cursor: dict[str, int] = field(default_factory=dict)
-    loss_scale: dict[str, float] = field(default_factory=dict)
+    loss_scale: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         return (json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, sort_keys=True) + "\n").encode()
@@ -54,8 +64,20 @@ class TrainState:
 
 
 def learned(config: Config) -> dict[str, Any]:
-    """The part of a configuration that a checkpoint is bound to."""
-    return json.loads(config.model_dump_json(exclude=set(FREE_SECTIONS)))
+    """The part of a configuration that a checkpoint is bound to. Of local paths the last part, not where they are."""
+    values = json.loads(config.model_dump_json(exclude=set(FREE_SECTIONS)))
+    for key in FREE_KEYS:
+        section, name = key.split(".")
+        del values[section][name]
+    values["data"]["tokenizer"] = _unplaced(values["data"]["tokenizer"])
+    for source in values["data"]["sources"]:
+        source["path"] = _unplaced(source["path"])
+    return values
+
+
+def _unplaced(name: str) -> str:
+    path = Path(name)
+    return path.name if path.is_absolute() or path.suffix or path.exists() else name
 
 
 def pick(run_dir: Path, wanted: str) -> Path | None:
@@ -81,12 +103,10 @@ def pick(run_dir: Path, wanted: str) -> Path | None:
     chosen = checkpoint.find(wanted)
     if newest is not None and newest.parent.resolve() == chosen.parent.resolve() and newest.name > chosen.name:
         raise UserError(
-            f"--resume {wanted}: {run_dir} has a later checkpoint, {newest.name}; give another run.name=... to branch off"
+            f"--resume {wanted}: {run_dir} has a later checkpoint, {newest.name}; give another run.name=... to branch"
         )
     if newest is not None and newest.parent.resolve() != chosen.parent.resolve():
-        raise UserError(
-            f"--resume {wanted}: {run_dir} has checkpoints of its own; give another run.name=... to branch off"
-        )
+        raise UserError(f"--resume {wanted}: {run_dir} has checkpoints of its own; give another run.name=... to branch")
     return chosen
 
 
@@ -94,8 +114,8 @@ def check(saved: TrainState, config: Config, *, sources: str, tokenizer: str, pr
     """Raise UserError naming the first key that must not change and has, with both values."""
     before, now = _flat(saved.config), _flat(learned(config))
     for key in sorted(before.keys() | now.keys()):
-        free = key in FREE_KEYS or key.startswith("data.sources")
-        if not free and before.get(key) != now.get(key):
+        resolved = key in ("data.sources", "train.precision")  # compared by what they come to
+        if not resolved and before.get(key) != now.get(key):
             raise _mismatch(key, before.get(key), now.get(key))
     if saved.sources != sources:
         old, new = saved.config["data"]["sources"], learned(config)["data"]["sources"]
@@ -103,7 +123,9 @@ def check(saved: TrainState, config: Config, *, sources: str, tokenizer: str, pr
             raise UserError("data.sources: the documents are not those the checkpoint was trained on; " + _REMEDY)
         raise _mismatch("data.sources", old, new)
     if saved.tokenizer != tokenizer:
-        raise UserError(f"data.tokenizer: {config.data.tokenizer!r} is not the checkpoint's tokenizer any more; " + _REMEDY)
+        raise UserError(
+            f"data.tokenizer: {config.data.tokenizer!r} is not the checkpoint's tokenizer any more; " + _REMEDY
+        )
     if config.train.precision != "auto" and saved.precision != precision:
         raise _mismatch("train.precision", saved.precision, precision)
 
@@ -123,3 +145,53 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def load_initial_weights(model: DeepSeekV3, config: Config) -> None:
+    """`train.init_from`: weights of the same architecture; MTP layers it lacks keep their random start."""
+    path = str(config.train.init_from)
+    theirs, weights = convert.load(checkpoint.find(path))
+    for key in type(config.model).model_fields:
+        if key in ("num_nextn_predict_layers", "initializer_range", "aux_loss_alpha", "max_position_embeddings"):
+            continue
+        if getattr(theirs, key) != getattr(config.model, key):
+            raise UserError(
+                f"model.{key} = {getattr(config.model, key)!r}, but train.init_from={path} has {getattr(theirs, key)!r}"
+            )
+    missing = model.load_state_dict(
+        {k: v for k, v in weights.items() if k in model.state_dict()}, strict=False
+    ).missing_keys
+    assert all(name.startswith("mtp.") for name in missing), missing
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """torch's global generators."""
+    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def restore_rng(seed: int, start: Path | None, device: torch.device) -> None:
+    """torch's global generators as they were after the checkpoint's step. The loop itself draws nothing from them."""
+    import torch
+
+    import checkpoint
+
+    torch.manual_seed(seed)
+    if start is not None:
+        states = checkpoint.load(start, "rng")
+        torch.set_rng_state(states["cpu"].clone())
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"].clone(), device)
+
+
+def model_files(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:
+    """What makes a directory of weights a Hugging Face model: its configuration and tokenizer."""
+    ends: dict[str, Any] = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    described = {
+        "config.json": convert.hf_config(config.model, dtype="float32", **ends),
+        "generation_config.json": ends,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizers.save(tokenizer, folder)
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    return files | {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in described.items()}

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import math
 import os
 import signal
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +21,11 @@ import config as configuration
 from config import Config, UserError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerFast
 
     from data import Batch, Validation
+    from metrics import Clock
     from model import Counts, DeepSeekV3
     from optim import LossScale, Optimizers
     from parallel import Mesh
@@ -63,9 +61,10 @@ class Run:
 
 
 def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
-    """One optimizer step over this rank's rows; its metrics, or None when a signal stopped it before anything changed."""
+    """One optimizer step over this rank's rows; its metrics, or None when a signal came before anything changed."""
     import torch
 
+    from metrics import step_metrics
     from model import LossWeights
     from optim import clip_gradients, lr_at, update_router_bias
     from parallel import synchronised
@@ -75,7 +74,9 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
     # Sums over global counts: accumulation and uneven ranks are right by construction. DDP divides by the world size.
     unit = run.scale.value * mesh.world_size / (rows * seq_len)
     mtp_weight = run.weight_at(step)
-    weights = LossWeights(unit, (unit * mtp_weight / max(1, depth),) * depth, unit * seq_len * config.model.aux_loss_alpha)
+    weights = LossWeights(
+        unit, (unit * mtp_weight / max(1, depth),) * depth, unit * seq_len * config.model.aux_loss_alpha
+    )
     nothing = LossWeights(0.0, (0.0,) * depth, 0.0)
     most = -(-rows // mesh.world_size)
     parts = micro_batches(len(batch.tokens), -(-most // config.train.micro_batch))
@@ -118,40 +119,6 @@ def micro_batches(rows: int, number: int) -> list[slice]:
     return [slice(part * rows // number, (part + 1) * rows // number) for part in range(number)]
 
 
-def step_metrics(sums: list[float], tokens: int, rows: int, mtp_weight: float, config: Config) -> dict[str, Any]:
-    """The parts of the loss, over all micro-batches and ranks: nats per token; the balance loss per sequence."""
-    depth = config.model.num_nextn_predict_layers
-    nats, correct, balance = sums[: 1 + depth], sums[1 + depth : 2 * (1 + depth)], sums[-1] / rows
-    metrics: dict[str, Any] = {"loss": nats[0] / tokens, "accuracy": correct[0] / tokens, "balance_loss": balance}
-    total = metrics["loss"] + config.model.aux_loss_alpha * balance
-    if depth:
-        metrics["mtp_loss"] = sum(nats[1:]) / depth / tokens
-        metrics["mtp_accuracy"] = sum(correct[1:]) / depth / tokens
-        total += mtp_weight * metrics["mtp_loss"]
-    metrics["total_loss"] = total
-    return {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-
-
-def expert_metrics(model: DeepSeekV3, counts_LE: Tensor) -> list[dict[str, Any]]:
-    """Per MoE layer (MTP layers last): how evenly one step's tokens fell on the experts, and the router biases' range."""
-    from model import moe_layers
-
-    layers = []
-    for moe, counts_E in zip(moe_layers(model), counts_LE.cpu(), strict=True):
-        share_E = counts_E / counts_E.sum()
-        most = counts_E.argsort(descending=True)[:3].tolist()
-        layers.append({
-            "max_over_mean": round(float(counts_E.max() / counts_E.mean()), 4),
-            "min_over_mean": round(float(counts_E.min() / counts_E.mean()), 4),
-            "entropy": round(float(-(share_E * share_E.clamp(min=1e-30).log()).sum()), 4),
-            "dead": int((counts_E == 0).sum()),
-            "busiest": [[expert, int(counts_E[expert])] for expert in most],
-            "bias_min": round(float(moe.gate.e_score_correction_bias.min()), 6),
-            "bias_max": round(float(moe.gate.e_score_correction_bias.max()), 6),
-        })  # fmt: skip
-    return layers
-
-
 class StopFlag:
     """Set by SIGINT and SIGTERM, polled between micro-batches; a second signal ends the process at once."""
 
@@ -180,7 +147,7 @@ class StopFlag:
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-def train(config: Config, *, resume: str = "auto", allow_cpu: bool = False) -> int:
+def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False) -> int:
     """Train to the end or to a signal; the process's exit code."""
     import checkpoint
     import convert
@@ -188,10 +155,11 @@ def train(config: Config, *, resume: str = "auto", allow_cpu: bool = False) -> i
     import evals
     import parallel
     import plan
+    import resume
     import tokenizer as tokenizers
+    from metrics import Clock
     from model import count_parameters, flops_per_token, init_weights
     from optim import LossScale, Optimizers
-    from resume import TrainState, check, learned, pick
     from tracker import Tracker
 
     run_dir = Path(config.run.dir)
@@ -211,17 +179,17 @@ def train(config: Config, *, resume: str = "auto", allow_cpu: bool = False) -> i
         if mesh.is_main:
             warn_if_slow(mesh, flops * steps * config.train.batch_tokens / peak)
 
-        start = mesh.from_main(on_main(mesh, lambda: pick(run_dir, resume)))
-        state = TrainState.read(start) if start is not None else None
+        start = mesh.from_main(on_main(mesh, lambda: resume.pick(run_dir, resume_from)))
+        state = resume.TrainState.read(start) if start is not None else None
         if state is not None and state.step >= steps:
             return say_finished(config, state.step, start) if mesh.is_main else 0
         manifest, threshold, tokenizer, held_out = mesh.from_main(on_main(mesh, lambda: open_data(config, start)))
         fingerprint = tokenizers.fingerprint(tokenizer)
         if state is not None:
-            check(state, config, sources=manifest.fingerprint, tokenizer=fingerprint, precision=precision)
-            state.config, state.precision = learned(config), precision
+            resume.check(state, config, sources=manifest.fingerprint, tokenizer=fingerprint, precision=precision)
+            state.config, state.precision = resume.learned(config), precision
         else:
-            state = TrainState(learned(config), manifest.fingerprint, fingerprint, precision)
+            state = resume.TrainState(resume.learned(config), manifest.fingerprint, fingerprint, precision)
 
         model.set_compute_dtype(dtype, recompute=config.train.recompute)
         model.to_empty(device=mesh.device)
@@ -236,19 +204,19 @@ def train(config: Config, *, resume: str = "auto", allow_cpu: bool = False) -> i
             optimizers.load(checkpoint.load(start, "optimizer"))
             scale = LossScale(**state.loss_scale) if precision == "fp16" and state.loss_scale else scale
         elif config.train.init_from is not None:
-            load_initial_weights(model, config)
+            resume.load_initial_weights(model, config)
         tracker = Tracker(run_dir if mesh.is_main else None, total_steps=steps, first_step=state.step)
         run = Run(config, mesh, model, parallel.parallelize(model, mesh), optimizers, scale, steps, stop, tracker)
         if mesh.is_main:
             (run_dir / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
             announce(run, counts, state, start, held_out, f"{precision} on {peak_name}: {peak / 1e12:.2f} TFLOP/s")
         loader = data.loader(
-            manifest, tokenizer, seq_len=config.data.seq_len, extra=tokens_ahead(config), rows=config.rows_per_step, rank=mesh.rank,
-            world_size=mesh.world_size, seed=config.train.seed, cursor=data.Cursor.from_dict(state.cursor),
-            threshold=threshold, shuffle_window=config.data.shuffle_window, workers=config.data.workers,
+            manifest, tokenizer, seq_len=config.data.seq_len, extra=tokens_ahead(config), rows=config.rows_per_step,
+            rank=mesh.rank, world_size=mesh.world_size, seed=config.train.seed,
+            cursor=data.Cursor.from_dict(state.cursor), threshold=threshold, shuffle_window=config.data.shuffle_window, workers=config.data.workers,
             pin_memory=mesh.device.type == "cuda",
         )  # fmt: skip
-        restore_rng(config.train.seed, start, mesh.device)
+        resume.restore_rng(config.train.seed, start, mesh.device)
         saved, bad_in_a_row = state.step, 0
         clock = Clock()
         try:
@@ -264,7 +232,9 @@ def train(config: Config, *, resume: str = "auto", allow_cpu: bool = False) -> i
                 bad_in_a_row = bad_in_a_row + 1 if metrics["skipped"] else 0
                 state.skipped_steps += metrics["skipped"]
                 if bad_in_a_row >= DIVERGED_AFTER:
-                    tracker.note(f"no finite gradient for {DIVERGED_AFTER} steps: stopped before saving; lower optim.lr")
+                    tracker.note(
+                        f"no finite gradient for {DIVERGED_AFTER} steps: stopped before saving; lower optim.lr"
+                    )
                     return 1
                 last = state.step == steps
                 scores = {}
@@ -283,50 +253,28 @@ def train(config: Config, *, resume: str = "auto", allow_cpu: bool = False) -> i
                     saved = state.step
             if saved < state.step:
                 save(run, state, tokenizer)
+        except UserError:  # the data are gone; what was learned is not
+            if saved < state.step and mesh.world_size == 1:
+                save(run, state, tokenizer)
+            raise
         finally:
             loader.close()
         if state.step < steps:
             number = stop.signal or signal.SIGTERM  # another rank was told to stop
-            tracker.note(f"stopped by {signal.Signals(number).name} after step {state.step} of {steps}; the same command goes on")
+            tracker.note(
+                f"stopped by {signal.Signals(number).name} after step {state.step} of {steps}; the same command goes on"
+            )
             return 128 + number
         if mesh.is_main:
             say_done(config)
         return 0
 
 
-class Clock:
-    """Seconds and tokens of training since the last log entry; evaluation, samples and saves do not count."""
-
-    def __init__(self) -> None:
-        self.tokens, self.steps, self.train_sec, self.wait_sec = 0, 0, 0.0, 0.0
-        self._start = time.perf_counter()
-
-    def wait_for(self, loader: Any) -> Batch:
-        self._start = time.perf_counter()
-        batch = next(loader)
-        self.wait_sec += time.perf_counter() - self._start
-        return batch
-
-    def step_done(self, tokens: int) -> None:
-        self.train_sec += time.perf_counter() - self._start
-        self.tokens += tokens
-        self.steps += 1
-
-    def rates(self) -> dict[str, float]:
-        """Since the last call."""
-        rates = {
-            "tokens_per_sec": self.tokens / self.train_sec,
-            "steps_per_sec": self.steps / self.train_sec,
-            "data_wait_sec": self.wait_sec / self.steps,
-        }
-        self.__init__()
-        return rates
-
-
 def log_entry(
     run: Run, state: TrainState, batch: Batch, metrics: dict[str, Any], clock: Clock, per_token: float
 ) -> dict[str, Any]:
     """A line of `metrics.jsonl`. `per_token`: FLOPs per token over the device's peak."""
+    from metrics import expert_metrics
     from parallel import peak_memory_gib
 
     rates = clock.rates()
@@ -349,7 +297,7 @@ def log_entry(
 # ------------------------------------------------------------------------------------------------- the start of a run
 
 
-def on_main(mesh: Mesh, make: Any) -> Any:
+def on_main(mesh: Mesh, make: Callable[[], Any]) -> Any:
     """On rank 0 what `make` returns, or the UserError it raises, for `Mesh.from_main` to pass on."""
     if not mesh.is_main:
         return None
@@ -365,7 +313,7 @@ def tokens_ahead(config: Config) -> int:
 
 
 def open_data(config: Config, start: Path | None) -> tuple[Manifest, int, PreTrainedTokenizerFast, Validation]:
-    """The documents, the hash below which they are held out, the tokenizer (the checkpoint's, a named one, or a new BPE)
+    """The documents, the hash below which they are held out, the tokenizer (the checkpoint's, a named one or a new BPE)
     and the held-out rows."""
     import data
     import sources
@@ -392,37 +340,6 @@ def open_data(config: Config, start: Path | None) -> tuple[Manifest, int, PreTra
     return manifest, threshold, tokenizer, held_out
 
 
-def load_initial_weights(model: DeepSeekV3, config: Config) -> None:
-    """`train.init_from`: weights of the same architecture; MTP layers it lacks keep their random start."""
-    import checkpoint
-    import convert
-
-    path = str(config.train.init_from)
-    theirs, weights = convert.load(checkpoint.find(path))
-    for key in type(config.model).model_fields:
-        if key in ("num_nextn_predict_layers", "initializer_range", "aux_loss_alpha", "max_position_embeddings"):
-            continue
-        if getattr(theirs, key) != getattr(config.model, key):
-            raise UserError(
-                f"model.{key} = {getattr(config.model, key)!r}, but train.init_from={path} has {getattr(theirs, key)!r}"
-            )
-    missing = model.load_state_dict({k: v for k, v in weights.items() if k in model.state_dict()}, strict=False).missing_keys
-    assert all(name.startswith("mtp.") for name in missing), missing
-
-
-def restore_rng(seed: int, start: Path | None, device: torch.device) -> None:
-    """torch's global generators as they were after the checkpoint's step. The loop itself draws nothing from them."""
-    import checkpoint
-    import torch
-
-    torch.manual_seed(seed)
-    if start is not None:
-        states = checkpoint.load(start, "rng")
-        torch.set_rng_state(states["cpu"].clone())
-        if device.type == "cuda" and "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"].clone(), device)
-
-
 def warn_if_slow(mesh: Mesh, seconds_at_peak: float) -> None:
     from tracker import duration
 
@@ -434,7 +351,9 @@ def warn_if_slow(mesh: Mesh, seconds_at_peak: float) -> None:
         )
 
 
-def announce(run: Run, counts: Counts, state: TrainState, start: Path | None, held_out: Validation, hardware: str) -> None:
+def announce(
+    run: Run, counts: Counts, state: TrainState, start: Path | None, held_out: Validation, hardware: str
+) -> None:
     from model import LatentCache
 
     model, config, note = run.config.model, run.config, run.tracker.note
@@ -444,7 +363,8 @@ def announce(run: Run, counts: Counts, state: TrainState, start: Path | None, he
     latent = LatentCache(model, 1, 1, device="meta", dtype=run.model.dtype)
     plain = latent.num_layers * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
     plain *= latent.latent_LBSC.element_size()
-    note(f"KV cache {latent.bytes_per_token:,} bytes per token, {plain / latent.bytes_per_token:.1f} times less than plain")
+    ratio = plain / latent.bytes_per_token
+    note(f"KV cache {latent.bytes_per_token:,} bytes per token, {ratio:.1f} times less than plain attention's")
     if held_out.num_documents:
         note(f"validation: {held_out.num_documents} held-out documents, {held_out.num_tokens:,} tokens")
     else:
@@ -460,41 +380,19 @@ def save(run: Run, state: TrainState, tokenizer: PreTrainedTokenizerFast) -> Non
     """A checkpoint of the last completed step: a model directory with the training state beside the weights."""
     import checkpoint
     import convert
-    import torch
-    from resume import STATE_FILE
+    import resume
 
     if run.mesh.is_main:
         run.tracker.progress(state.step, "saving")
-        rng = {"cpu": torch.get_rng_state()}
-        if run.mesh.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(run.mesh.device)
         tensors = {
             "model": convert.to_checkpoint(run.model.state_dict(), run.config.model),
             "optimizer": run.optimizers.state(),
-            "rng": rng,
+            "rng": resume.rng_state(run.mesh.device),
         }
-        files = model_files(run.config, tokenizer) | {STATE_FILE: state.to_json()}
+        files = resume.model_files(run.config, tokenizer) | {resume.STATE_FILE: state.to_json()}
         root = Path(run.config.run.dir) / "checkpoints"
         checkpoint.save(root, state.step, tensors, files, keep=run.config.checkpoint.keep)
     run.mesh.any(False)  # the others wait: nobody is ahead of what is on disk
-
-
-def model_files(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:
-    """What makes a directory of weights a Hugging Face model: its configuration and tokenizer."""
-    import tempfile
-
-    import convert
-    import tokenizer as tokenizers
-
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    described = {
-        "config.json": convert.hf_config(config.model, dtype="float32", **ends),
-        "generation_config.json": ends,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizers.save(tokenizer, folder)
-        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-    return files | {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in described.items()}
 
 
 def write_samples(run: Run, tokenizer: PreTrainedTokenizerFast, step: int) -> None:
@@ -506,7 +404,7 @@ def write_samples(run: Run, tokenizer: PreTrainedTokenizerFast, step: int) -> No
     sample = run.config.sample
     run.tracker.progress(step, "sampling")
     room = run.config.model.max_position_embeddings - sample.max_new_tokens
-    end = tokenizer.eos_token_id
+    end: Any = tokenizer.eos_token_id
     prompts = [tokenizer.encode(text, add_special_tokens=False)[: max(1, room)] or [end] for text in sample.prompts]
     try:
         texts = generate.generate(
@@ -517,7 +415,7 @@ def write_samples(run: Run, tokenizer: PreTrainedTokenizerFast, step: int) -> No
     except UserError as error:  # a model with infinite logits cannot be sampled from; training decides by itself
         run.tracker.note(f"no samples: {error}")
         return
-    shown = [generate.safe_text(tokenizer.decode(text)) for text in texts]
+    shown = [generate.safe_text(str(tokenizer.decode(text))) for text in texts]
     run.tracker.samples(step, list(zip(sample.prompts, shown, strict=True)))
     if step == run.steps:
         for prompt, text in zip(sample.prompts, shown, strict=True):
@@ -525,7 +423,7 @@ def write_samples(run: Run, tokenizer: PreTrainedTokenizerFast, step: int) -> No
 
 
 def say_done(config: Config) -> None:
-    print(f"\ndone: {config.run.dir}/checkpoints holds the model, in Hugging Face format; {config.run.dir} everything else")
+    print(f"\ndone: the model is in {config.run.dir}/checkpoints, in Hugging Face format")
     print(NEXT.format(dir=config.run.dir))
 
 
@@ -553,10 +451,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--config", default="mini", metavar="PATH|NAME", help="YAML file or preset in configs/ (mini)")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="checkpoint to go on from (auto)")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan: config, parameters, FLOPs, memory, cost")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan: config, parameters, FLOPs, memory, cost"
+    )
     parser.add_argument("--tokens-per-sec", type=float, metavar="X", help="with --dry-run: tells hours")
     parser.add_argument("--price-per-hour", type=float, metavar="X", help="with --dry-run: tells the cost")
-    parser.add_argument("--allow-cpu", action="store_true", help="go on without the GPU when torch is built for the CPU")
+    parser.add_argument(
+        "--allow-cpu", action="store_true", help="go on without the GPU when torch is built for the CPU"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change keys of the configuration")
     return parser.parse_intermixed_args(arguments)
 
@@ -570,7 +472,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if sys.platform == "linux":
-        # Keep freed activations: returning them to the system page by page costs a CPU run a tenth of its time (LOG.md).
+        # Keep freed activations: giving them back page by page costs a CPU run a tenth of its time (LOG.md).
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
@@ -586,7 +488,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(plan.describe(config, tokens_per_sec=args.tokens_per_sec, price_per_hour=args.price_per_hour))
             return 0
-        return train(config, resume=args.resume, allow_cpu=args.allow_cpu)
+        return train(config, resume_from=args.resume, allow_cpu=args.allow_cpu)
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -79,7 +79,10 @@ def hf_model(cfg: ModelConfig) -> DeepseekV3ForCausalLM:
     if cfg.rope_scaling is not None:
         rope |= cfg.rope_scaling.model_dump(exclude={"type"}) | {"rope_type": "yarn"}
     hf_config = DeepseekV3Config(
-        **values, num_key_value_heads=cfg.num_attention_heads, rope_parameters=rope, attn_implementation="eager",
+        **values,
+        num_key_value_heads=cfg.num_attention_heads,
+        rope_parameters=rope,
+        attn_implementation="eager",
         experts_implementation="eager",
     )
     return DeepseekV3ForCausalLM(hf_config).eval()

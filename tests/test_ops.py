@@ -42,7 +42,9 @@ def test_attention_equals_the_reference(dtype: torch.dtype, widths: tuple[int, i
         scores = (q @ k.mT * 0.3).masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
         return scores.softmax(-1) @ v
 
-    assert_close(gradients(lambda q, k, v: ops.attention(q, k, v, scale=0.3), leaves), gradients(written_out, exact), dtype)
+    assert_close(
+        gradients(lambda q, k, v: ops.attention(q, k, v, scale=0.3), leaves), gradients(written_out, exact), dtype
+    )
 
 
 EXPERTS = {  # tokens, hidden, width, experts, active
@@ -78,7 +80,7 @@ def test_experts_equal_the_loop(name: str, routing: str, dtype: torch.dtype) -> 
 
 
 def test_uneven_routing_takes_the_grouped_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padding to the longest expert would be eight times the rows here; where torch has no grouped product, it is paid."""
+    """Padding to the longest expert would be 16 times the rows here; where torch has no grouped product, it is paid."""
     used = []
     if hasattr(torch.nn.functional, "grouped_mm"):
         real = torch.nn.functional.grouped_mm

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import muon as muon_package
 import pytest
 import torch
+from test_model import build, losses_of, tiny, tokens_for
 
 from config import OptimConfig
 from model import moe_layers
 from optim import LossScale, Muon, Optimizers, clip_gradients, lr_at, newton_schulz, update_router_bias, uses_muon
-from test_model import build, losses_of, tiny, tokens_for
 
 
 def matrices(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -33,7 +34,7 @@ def test_muon_equals_torch_optim_muon(shape: tuple[int, int]) -> None:
 
 
 def test_muon_equals_the_muon_optimizer_package() -> None:
-    """Same momentum and iteration; the package scales by sqrt(max(1, rows / cols)) and applies no learning-rate match."""
+    """Same momentum and iteration; the package scales by sqrt(max(1, rows / cols)) and matches no learning rate."""
     ours, theirs = (torch.nn.Parameter(matrices(40, 24)) for _ in range(2))
     our = Muon([ours], lr=0.02, momentum=0.95, weight_decay=0.0)
     scale = 0.2 * math.sqrt(40) / math.sqrt(40 / 24)
@@ -74,7 +75,11 @@ def test_newton_schulz_orthogonalises_and_ignores_scale() -> None:
 def test_every_parameter_has_the_right_optimizer() -> None:
     model = build(tiny())
     names = {name for name, parameter in model.named_parameters() if uses_muon(name, parameter)}
-    assert {"mtp.0.eh_proj.weight", "model.layers.1.mlp.experts.down_proj", "model.layers.0.mlp.up_proj.weight"} <= names
+    assert {
+        "mtp.0.eh_proj.weight",
+        "model.layers.1.mlp.experts.down_proj",
+        "model.layers.0.mlp.up_proj.weight",
+    } <= names
     others = dict(model.named_parameters()).keys() - names
     assert all("norm" in n or "embed" in n or "lm_head" in n or n.endswith("gate.weight") for n in others)
     optimizers = Optimizers(model, OptimConfig(), ns_dtype=torch.float32)
@@ -127,7 +132,7 @@ def test_schedules() -> None:
     cosine = OptimConfig(lr=1.0, warmup=0.1, min_lr=0.1, schedule="cosine")
     values = [lr_at(step, 100, cosine) for step in range(100)]
     assert values[10] == 1.0 and values[99] == pytest.approx(0.1) and values == sorted(values[:10]) + values[10:]
-    assert all(a >= b for a, b in zip(values[10:], values[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(values[10:]))
     assert lr_at(0, 1, cosine) == 1.0 and lr_at(0, 1, wsd.model_copy(update={"warmup": 0.0})) > 0
 
 

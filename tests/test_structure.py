@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("options", "config", "text", "tracker"),  # standard library, pydantic, yaml
     ("remote", "ops", "losses", "tokenizer", "checkpoint"),  # receive values, never the whole config
-    ("model", "sources", "data", "convert", "resume"),
-    ("parallel", "optim", "evals"),
+    ("model", "sources", "data", "convert"),
+    ("parallel", "optim", "evals", "metrics", "resume"),
     ("generate", "plan"),
     ("train",),
 )

@@ -1,4 +1,4 @@
-"""Whole runs: files, exact resume, signals, DDP, and what may not change. Tiny models on a slice of the shipped text."""
+"""Whole runs: files, exact resume, signals, DDP, and what may not change. Tiny models, a slice of the shipped text."""
 
 from __future__ import annotations
 
@@ -169,7 +169,9 @@ def test_three_chained_resumes_drop_later_metrics(tiny, tmp_path: Path) -> None:
     for last in (4, 9, 15):
         stop_after(tiny, "chain", last)
         with open(tmp_path / "chain" / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": last + 1, "loss": 0.0}) + '\n{"step": 99, "lo')  # past the checkpoint; half a line
+            file.write(
+                json.dumps({"step": last + 1, "loss": 0.0}) + '\n{"step": 99, "lo'
+            )  # past the checkpoint; half a line
     assert tiny("chain") == 0
     assert learned(tmp_path / "chain") == learned(tmp_path / "whole")
     names = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", STATE_FILE)
@@ -230,7 +232,9 @@ def test_a_signal_to_the_process_and_its_worker(tiny, tmp_path: Path) -> None:
         ("data.tokenizer=openai-community/gpt2", ["data.tokenizer", "bpe", "openai-community/gpt2"]),
     ],
 )
-def test_what_must_not_change(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, parts: list[str]) -> None:
+def test_what_must_not_change(
+    tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, parts: list[str]
+) -> None:
     stop_after(tiny, "run", 1)
     before = hashes(tmp_path / "run")
     capsys.readouterr()
@@ -326,7 +330,9 @@ def test_a_step_without_finite_gradients_changes_nothing(tiny, tmp_path: Path) -
     assert [line["grad_norm"] is None for line in metrics(tmp_path / "run")] == [False] * 3 + [True] + [False] * 2
 
 
-def test_diverging_stops(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diverging_stops(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import optim
 
     monkeypatch.setattr(train, "DIVERGED_AFTER", 3)
@@ -343,7 +349,9 @@ def test_two_ranks_equal_one(tiny, tmp_path: Path, batch_tokens: int) -> None:
     assert tiny("one", *options) == 0
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "train.py"), *tiny.command("two", *options)], capture_output=True, text=True,
+        [sys.executable, *launcher, str(ROOT / "train.py"), *tiny.command("two", *options)],
+        capture_output=True,
+        text=True,
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
@@ -352,8 +360,9 @@ def test_two_ranks_equal_one(tiny, tmp_path: Path, batch_tokens: int) -> None:
         values = [[line[key] for line in lines if key in line] for lines in (one, two)]
         assert values[1] == pytest.approx(values[0], rel=1e-5) and values[0], key
     assert [line["experts"] for line in one] == [line["experts"] for line in two]
-    assert json.loads((newest(tmp_path / "one") / STATE_FILE).read_text())["cursor"] == (
-        json.loads((newest(tmp_path / "two") / STATE_FILE).read_text())["cursor"]
+    assert (
+        json.loads((newest(tmp_path / "one") / STATE_FILE).read_text())["cursor"]
+        == (json.loads((newest(tmp_path / "two") / STATE_FILE).read_text())["cursor"])
     )
 
 

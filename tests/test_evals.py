@@ -1,0 +1,149 @@
+"""Validation loss and bits per byte against a plain computation over the documents' text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_model import build, tiny
+from torch import Tensor
+
+import data
+import sources
+import tokenizer
+from config import SourceConfig
+from data import Validation
+from evals import evaluate
+from model import DeepSeekV3
+from parallel import Mesh
+
+SEQ_LEN = 8
+DOCUMENTS = ["Emma Woodhouse, handsome, clever, and rich", "naïve café — “quoted”", "x", "a comfortable home"]
+CPU = torch.device("cpu")
+ALONE = Mesh(0, 1, CPU)
+
+
+@pytest.fixture(scope="module")
+def model() -> DeepSeekV3:
+    return build(tiny(vocab_size=300))
+
+
+@pytest.fixture(scope="module")
+def tok() -> Any:
+    return tokenizer.train_bpe(DOCUMENTS, 300)
+
+
+@pytest.fixture(scope="module")
+def held_out(tok: Any, tmp_path_factory: pytest.TempPathFactory) -> Validation:
+    """Every document is held out; the last row is only partly filled."""
+    folder: Path = tmp_path_factory.mktemp("documents")
+    for number, text in enumerate(DOCUMENTS):
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    manifest = sources.resolve([SourceConfig(path=str(folder))])
+    found = data.validation(manifest, threshold=2**64, tokenizer=tok, seq_len=SEQ_LEN, extra=2, tokens=10**6)
+    assert found.num_documents == len(DOCUMENTS) and found.num_tokens % SEQ_LEN
+    return found
+
+
+def never() -> bool:
+    return False
+
+
+def test_loss_and_bits_per_byte_of_the_documents(model: DeepSeekV3, tok: Any, held_out: Validation) -> None:
+    """From the text, without rows, padding or the chunked head: the first EOS is context, all after it is predicted."""
+    stream = [tok.eos_token_id]
+    for text in DOCUMENTS:
+        stream += [*tok.encode(text, add_special_tokens=False), tok.eos_token_id]
+    nats, predicted = 0.0, 0
+    for start in range(0, len(stream) - 1, SEQ_LEN):
+        targets = torch.tensor(stream[start + 1 : start + 1 + SEQ_LEN])
+        with torch.no_grad():
+            logits = model(torch.tensor([stream[start : start + len(targets)]]))
+        assert isinstance(logits, Tensor)
+        nats += F.cross_entropy(logits[0].double(), targets, reduction="sum").item()
+        predicted += len(targets)
+    assert predicted == len(stream) - 1
+    num_bytes = sum(len(text.encode("utf-8")) for text in DOCUMENTS)
+    assert num_bytes > sum(map(len, DOCUMENTS))  # bytes are not characters here
+
+    scores = evaluate(model, held_out, rows=2, mesh=ALONE, stopped=never)
+    expected = {"val_loss": nats / predicted, "val_bpb": nats / math.log(2) / num_bytes}
+    assert scores == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_at_a_time_change_nothing(model: DeepSeekV3, held_out: Validation) -> None:
+    seen: list[int] = []
+
+    def counting(tokens: Tensor, targets: Tensor) -> Any:
+        seen.append(len(tokens))
+        return model(tokens, targets)
+
+    count = len(held_out.tokens)
+    whole = evaluate(model, held_out, rows=1000, mesh=ALONE, stopped=never)
+    by_rows = evaluate(counting, held_out, rows=3, mesh=ALONE, stopped=never)  # type: ignore[arg-type]
+    assert seen == [3] * (count // 3) + [count % 3] and count % 3 and count > 3  # the last batch is smaller
+    assert by_rows == pytest.approx(whole, rel=1e-6)
+
+
+def test_nothing_is_left_behind(model: DeepSeekV3, held_out: Validation) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    generators = torch.get_rng_state()
+    evaluate(model, held_out, rows=4, mesh=ALONE, stopped=never)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), generators) and model.training
+
+
+@dataclass(frozen=True)
+class OneOfSeveral(Mesh):
+    """A rank alone: what it would reduce is kept for the test to add up."""
+
+    partial: list[Tensor] = field(default_factory=list)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        self.partial.append(tensor.clone())
+        return tensor
+
+
+@pytest.mark.parametrize("world_size", [3, 11])
+def test_ranks_share_the_rows_and_poll_equally_often(model: DeepSeekV3, held_out: Validation, world_size: int) -> None:
+    """Every rank makes the same collective calls, even one without rows; together they see each row once."""
+    assert world_size == 3 or world_size > len(held_out.tokens)
+    sums, polls = torch.zeros(2, dtype=torch.float64), []
+
+    for rank in range(world_size):
+        mesh, asked = OneOfSeveral(rank, world_size, CPU), []
+        evaluate(model, held_out, rows=1, mesh=mesh, stopped=lambda asked=asked: bool(asked.append(1)))
+        assert len(mesh.partial) == 1
+        sums += mesh.partial[0]
+        polls.append(len(asked))
+    assert set(polls) == {-(-len(held_out.tokens) // world_size)}
+    assert sums[1] == held_out.num_tokens
+    whole = evaluate(model, held_out, rows=4, mesh=ALONE, stopped=never)
+    assert (sums[0] / sums[1]).item() == pytest.approx(whole["val_loss"], rel=1e-6)
+
+
+def test_a_stop_ends_it_between_batches(model: DeepSeekV3, held_out: Validation) -> None:
+    calls: list[int] = []
+
+    def counting(tokens: Tensor, targets: Tensor) -> Any:
+        calls.append(len(tokens))
+        return model(tokens, targets)
+
+    stopped: Callable[[], bool] = lambda: len(calls) == 2  # noqa: E731
+    assert evaluate(counting, held_out, rows=1, mesh=ALONE, stopped=stopped) == {}  # type: ignore[arg-type]
+    assert calls == [1, 1]
+
+
+def test_no_held_out_document_is_no_score() -> None:
+    def uncalled(*_: Tensor) -> Any:
+        raise AssertionError("there is nothing to evaluate")
+
+    nothing = Validation(torch.zeros(0, 8, dtype=torch.int64), torch.zeros(0, 9, dtype=torch.int64), 0, 0, 0)
+    assert evaluate(uncalled, nothing, rows=4, mesh=ALONE, stopped=never) == {}  # type: ignore[arg-type]

@@ -1,0 +1,317 @@
+"""Processes, devices and precision. GPUs are faked: what is asked of torch, and what is made of the answer."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed import TCPStore
+
+import parallel
+from config import Config, UserError
+from parallel import Mesh, peak_flops, pick_device, pick_precision
+
+ROOT = Path(parallel.__file__).parent
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+ALONE = Mesh(0, 1, CPU)
+
+
+# ---- the mesh
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 61])
+def test_every_row_is_dealt_once_and_shares_differ_by_at_most_one(world_size: int) -> None:
+    for rows in (0, 1, 2, 5, 7, 8, 60, 61, 62, 1000, 10**12 + 7):
+        shares = [Mesh(rank, world_size, CPU).share(rows) for rank in range(world_size)]
+        assert shares[0][0] == 0 and shares[-1][1] == rows
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(shares))
+        sizes = {end - start for start, end in shares}
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_one_process_is_the_mesh_without_communication(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with parallel.processes(allow_cpu=True) as mesh:
+        assert mesh == ALONE and mesh.is_main
+        assert not torch.distributed.is_initialized()
+    tensor, value = torch.tensor([1.5, 2.0]), {"a": 1}
+    assert mesh.sum(tensor) is tensor and tensor.tolist() == [1.5, 2.0]
+    assert mesh.any(True) is True and mesh.any(False) is False
+    assert mesh.from_main(value) is value
+    error = UserError("no such file")
+    with pytest.raises(UserError) as caught:
+        mesh.from_main(error)
+    assert caught.value is error
+    model = nn.Linear(2, 2)
+    assert parallel.parallelize(model, mesh) is model
+    for last in (False, True):
+        with parallel.synchronised(model, last):
+            pass
+
+
+TWO = """
+import json, sys
+import torch
+import parallel
+from config import UserError
+
+with parallel.processes(allow_cpu=True) as mesh:
+    found = {"mesh": [mesh.rank, mesh.world_size, str(mesh.device)], "grads": []}
+    found["sum"] = mesh.sum(torch.tensor([1.0, 10.0]) * (1 + mesh.rank)).tolist()
+    found["any"] = [mesh.any(False), mesh.any(mesh.rank == 1), mesh.any(mesh.is_main), mesh.any(True)]
+    found["from main"] = mesh.from_main({"text": [1, "a"]} if mesh.is_main else None)
+    try:
+        mesh.from_main(UserError("no such file") if mesh.is_main else None)
+    except UserError as error:
+        found["error"] = str(error)
+    model = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.constant_(model.weight, float(mesh.rank))
+    replica = parallel.parallelize(model, mesh)
+    found["weight"] = model.weight.tolist()
+    for number, last in enumerate((False, False, True)):
+        rows = torch.tensor([[1.0 + mesh.rank, 10.0 ** number]])
+        with parallel.synchronised(replica, last):
+            replica(rows).sum().backward()
+        found["grads"].append(model.weight.grad.flatten().tolist())
+found["left"] = not torch.distributed.is_initialized()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.dist
+def test_two_processes() -> None:
+    """Reductions over gloo, rank 0's error everywhere, and gradients averaged in a step's last micro-batch only."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent does
+    env = {
+        **os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    # torch 2.13 would have DDP's argument under a name that 2.9 does not know.
+    command = [sys.executable, "-W", "error", "-W", "ignore:`broadcast_buffers`:FutureWarning", "-c", TWO]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen(command, env=env | {"RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"]
+    try:
+        outputs = [process.communicate(timeout=60) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0], outputs
+    for rank, (output, _) in enumerate(outputs):
+        found = json.loads(output.splitlines()[-1])
+        assert found["mesh"] == [rank, 2, "cpu"] and found["left"]
+        assert found["sum"] == [3.0, 30.0] and found["any"] == [False, True, True, True]
+        assert found["from main"] == {"text": [1, "a"]} and found["error"] == "no such file"
+        assert found["weight"] == [[0.0, 0.0]]  # rank 0's
+        own = 1.0 + rank
+        assert found["grads"] == [[own, 1.0], [2 * own, 11.0], [4.5, 111.0]]
+
+
+# ---- devices
+
+
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build of torch for the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+
+
+def test_a_card_that_torch_cannot_use_is_told_how_to(no_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_has_nvidia_card", lambda: True)
+    with pytest.raises(UserError) as caught:
+        pick_device(0, allow_cpu=False)
+    message = str(caught.value)
+    assert "NVIDIA GPU" in message and "for the CPU" in message and "--allow-cpu" in message
+    assert "\n" not in message
+    pattern = r'pip install --force-reinstall "(\S+)" --index-url https://download\.pytorch\.org/whl/cu\d+ '
+    command = re.search(pattern, message)
+    assert command is not None
+    assert f"\n{command[1]}" in (ROOT / "requirements.txt").read_text(encoding="utf-8")  # the range that is tested
+    assert pick_device(0, allow_cpu=True) == CPU
+
+
+def test_without_a_card_the_cpu_it_is(no_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_has_nvidia_card", lambda: False)
+    assert pick_device(3, allow_cpu=False) == CPU
+
+
+def test_a_cuda_build_without_a_usable_card_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(parallel, "_has_nvidia_card", lambda: True)
+    assert pick_device(0, allow_cpu=False) == CPU
+
+
+def test_a_card_shows_in_its_driver_or_its_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+    for driver, tool in ((False, None), (True, None), (False, "nvidia-smi")):
+        monkeypatch.setattr(Path, "exists", lambda path, driver=driver: driver and path.parent.name == "nvidia")
+        monkeypatch.setattr(parallel.shutil, "which", lambda name, tool=tool: tool if name == "nvidia-smi" else None)
+        assert parallel._has_nvidia_card() == (driver or tool is not None)
+
+
+@pytest.fixture
+def tf32() -> Iterator[list[Any]]:
+    """The switches of TF32, off; put back afterwards (monkeypatch cannot: they are no ordinary attributes)."""
+    switches = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    yield switches
+    for switch, value in zip(switches, before, strict=True):
+        switch.allow_tf32 = value
+
+
+def test_a_rank_takes_its_own_card(tf32: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert pick_device(1, allow_cpu=False) == torch.device("cuda", 1) and chosen == [1]
+    assert all(switch.allow_tf32 for switch in tf32)  # Ampere and later; without effect before
+    with pytest.raises(UserError, match="rank 2 of this machine has no GPU: it has 2"):
+        pick_device(2, allow_cpu=True)
+    assert chosen == [1]
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize(
+    ("features", "auto"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, "bf16"),
+        ({"avx512_bf16": False, "amx_bf16": True}, "bf16"),
+        ({"avx512_bf16": False, "avx512_f": True}, "fp32"),
+        ({}, "fp32"),
+    ],
+)
+def test_precision_on_a_cpu(features: dict[str, bool], auto: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    assert [pick_precision(wanted, CPU) for wanted in ("auto", "fp32", "bf16")] == [auto, "fp32", "bf16"]
+    with pytest.raises(UserError, match=r"^train\.precision = fp16: .*use auto, bf16 or fp32"):
+        pick_precision("fp16", CPU)
+
+
+def test_precision_where_torch_does_not_tell_the_cpu_s_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.9 and 2.10."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert pick_precision("auto", CPU) == "fp32" and pick_precision("bf16", CPU) == "bf16"
+
+
+@pytest.mark.parametrize(("native", "auto"), [(True, "bf16"), (False, "fp16")])
+def test_precision_on_a_gpu(native: bool, auto: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sm_80 and sm_75: there torch says that bf16 is supported, unless emulation is ruled out."""
+
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    assert [pick_precision(wanted, GPU) for wanted in ("auto", "fp32", "fp16")] == [auto, "fp32", "fp16"]
+    if native:
+        assert pick_precision("bf16", GPU) == "bf16"
+    else:
+        with pytest.raises(UserError, match=r"^train\.precision = bf16: .*emulates.*use auto or fp16"):
+            pick_precision("bf16", GPU)
+
+
+def test_every_precision_of_the_configuration_has_a_dtype() -> None:
+    named = set(get_args(type(Config().train).model_fields["precision"].annotation))
+    assert named - {"auto"} == set(parallel.DTYPES)
+
+
+# ---- what a device can do
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("Tesla T4", 65), ("NVIDIA GeForce RTX 3060", 25.5), ("NVIDIA GeForce RTX 4070", 58),
+        ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H200", 989), ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362), ("NVIDIA A100-SXM4-80GB", 312), ("Tesla V100-SXM2-16GB", 125),
+    ],
+)  # fmt: skip
+def test_peak_from_the_data_sheet(name: str, tflops: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    for dtype in (torch.bfloat16, torch.float16):
+        peak, source = peak_flops(GPU, dtype)
+        assert peak == pytest.approx(tflops * 1e12) and name in source and "data sheet" in source
+
+
+@pytest.fixture
+def small_products(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Products of small matrices on the CPU, whatever was asked for: the sizes and dtypes that were."""
+    asked: list[Any] = []
+    real = torch.randn
+
+    def randn(*size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        asked.append((size, device.type, dtype))
+        return real(4, 4)
+
+    monkeypatch.setattr(torch, "randn", randn)
+    return asked
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("NVIDIA Future", torch.bfloat16), ("NVIDIA H100", torch.float32)])
+def test_peak_is_measured_where_no_data_sheet_holds(
+    name: str, dtype: torch.dtype, small_products: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data sheets' figures are those of 16-bit products."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    _, source = peak_flops(GPU, dtype)
+    assert name in source and "measured" in source and "data sheet" not in source
+    assert small_products == [((4096, 4096), "cuda", dtype)] * 2
+
+
+def test_peak_of_this_cpu() -> None:
+    """Against a product timed here: of the same order, whatever else this machine does."""
+    peak, source = peak_flops(CPU, torch.float32)
+    assert "CPU" in source and "measured" in source
+    a = torch.randn(512, 512)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - start)
+    assert 1 / 30 < peak * best / (2 * 512**3) < 30
+
+
+def test_peak_memory_is_that_of_the_process() -> None:
+    """Against what Linux tells elsewhere."""
+    status = Path("/proc/self/status")
+    told = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if told is None:
+        pytest.skip("needs /proc/self/status")
+    assert parallel.peak_memory_gib(CPU) == pytest.approx(int(told[1]) / 2**20, rel=0.05)
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 2**10), ("darwin", 1)])
+def test_peak_memory_in_the_unit_of_the_system(platform: str, unit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """getrusage(2): kilobytes on Linux, bytes on macOS."""
+    usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: SimpleNamespace(ru_maxrss=3 * 2**29 // unit))
+    monkeypatch.setitem(sys.modules, "resource", usage)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert parallel.peak_memory_gib(CPU) == 1.5
+
+
+def test_peak_memory_of_a_gpu_is_what_torch_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 3 * 2**29)
+    assert parallel.peak_memory_gib(GPU) == 1.5
+
+
+def test_peak_memory_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert parallel.peak_memory_gib(CPU) is None

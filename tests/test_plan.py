@@ -1,0 +1,146 @@
+"""What `--dry-run` tells: the steps, the figures of the default run, memory, time and money."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_model import TINY, build
+
+import config as configuration
+import optim
+import plan
+import train
+from config import Config
+from model import count_parameters
+
+MINI = configuration.load("mini")
+
+
+def small(**changes: Any) -> Config:
+    """The tiny model of test_model.py; `changes` are sections, each with its keys."""
+    sections: dict[str, Any] = {
+        "model": TINY,
+        "data": {"seq_len": 32},
+        "train": {"steps": 5, "micro_batch": 2, "batch_tokens": 256, "precision": "fp32"},
+    }
+    return Config(**{name: sections.get(name, {}) | changes.get(name, {}) for name in {*sections, *changes}})
+
+
+def test_steps_of_the_default_run() -> None:
+    """20 tokens for each of 116,862,720 active parameters, in steps of 131,072, rounded up."""
+    counts = count_parameters(plan.meta_model(MINI.model))
+    assert counts.active_with_head == 116_862_720
+    assert plan.num_steps(MINI, counts) == 17_832
+    assert 17_831 * 131_072 < 20 * 116_862_720 <= 17_832 * 131_072 == 2_337_275_904
+
+
+@pytest.mark.parametrize(
+    ("override", "steps"),
+    [
+        ("train.steps=7", 7),
+        ("train.tokens_per_active_param=40", 35_664),
+        ("train.batch_tokens=262144", 8_916),
+        ("train.tokens_per_active_param=1e-6", 1),  # never none
+    ],
+)
+def test_steps_follow_the_configuration(override: str, steps: int) -> None:
+    config = configuration.load("mini", [override])
+    assert plan.num_steps(config, count_parameters(plan.meta_model(config.model))) == steps
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_memory_of_weights_gradients_and_optimizer_is_what_they_take(name: str) -> None:
+    """Against a model's own tensors after one step."""
+    config = small(optim={"name": name})
+    model = build(config.model)
+    optimizers = optim.Optimizers(model, config.optim, ns_dtype=torch.float32)
+    tokens = torch.arange(66).view(2, 33)
+    model(tokens[:, :-1], tokens[:, 1:]).loss.backward()  # type: ignore[union-attr]
+    gradients = sum(4 * parameter.grad.numel() for parameter in model.parameters() if parameter.grad is not None)
+    optimizers.step(1e-3)
+    state = sum(tensor.nbytes for tensor in optimizers.state().values() if tensor.dim())
+
+    told = {part: round(gib * 2**30) for part, gib in plan.memory_gib(config, model, compute_bytes=4).items()}
+    assert told["weights"] == sum(parameter.nbytes for parameter in model.parameters())
+    assert told["gradients"] == gradients
+    assert told["optimizer"] == state
+    assert told["weights cast for products"] == 0  # fp32 is used as it is
+
+
+def test_memory_grows_with_rows_and_shrinks_with_recomputation() -> None:
+    def total(*overrides: str, compute_bytes: int = 2) -> dict[str, float]:
+        config = configuration.load("mini", overrides)
+        return plan.memory_gib(config, plan.meta_model(config.model), compute_bytes=compute_bytes)
+
+    base, rows, again = total(), total("train.micro_batch=8"), total("train.recompute=true")
+    assert rows["activations"] == pytest.approx(2 * base["activations"])
+    assert again["activations"] < base["activations"] / 3
+    for other in (rows, again):
+        assert {k: v for k, v in other.items() if k != "activations"} == {
+            k: v for k, v in base.items() if k != "activations"
+        }
+    assert base["weights"] == pytest.approx(4 * 573_718_784 / 2**30)
+    full = total(compute_bytes=4)
+    assert full["activations"] > base["activations"] and base["weights cast for products"] > 1
+
+
+@pytest.fixture(scope="module")
+def told() -> str:
+    return plan.describe(MINI, tokens_per_sec=30_000, price_per_hour=0.5)
+
+
+def test_the_default_run_in_figures(told: str) -> None:
+    rows = dict(re.findall(r"(?m)^  (\S.*?) {2,}([\d,.]+)$", told))
+    assert rows["total"] == "531,803,904" and rows["total with MTP"] == "573,718,784"
+    assert rows["active per token"] == "78,229,248" and rows["active with head"] == "116,862,720"
+    assert rows["MTP layers"] == "41,914,880" and rows["router biases"] == "704"
+    parts = ("embedding", "attention", "dense MLP", "routed experts", "shared experts", "router", "norms", "head")
+    assert sum(int(rows[part].replace(",", "")) for part in parts) == 531_803_904
+    for figure in ("2,337,275,904 in 17,832 steps of 131,072", "20.0 per active parameter"):
+        assert figure in told
+    # Over all keys, as the device's utilisation is told; over half of them; and all of the run's.
+    for figure in ("1.306 GFLOP per token over all 2048 keys", "1.143 over the causal half", "3.05e+18"):
+        assert figure in told
+    memory = told.partition("memory ")[2]
+    gib = [float(number) for number in re.findall(r"(?m)^  \S.* {2,}(\d+\.\d\d)$", memory)]
+    assert gib[-1] == pytest.approx(sum(gib[:-1]), abs=0.01 * len(gib)) and len(gib) == 7
+
+
+def test_the_configuration_it_prints_can_be_loaded(told: str, tmp_path: Path) -> None:
+    """All that stands above the table is the resolved configuration, every key of it."""
+    (tmp_path / "again.yaml").write_text(told.partition("\n\nparameters\n")[0])
+    assert configuration.load(str(tmp_path / "again.yaml")) == MINI
+
+
+def test_hours_and_cost(told: str) -> None:
+    hours = 2_337_275_904 / 30_000 / 3600
+    assert f"{hours:.1f}" == "21.6" and f"{hours / 2:.2f}" == "10.82"
+    assert told.splitlines()[-1] == "time      21h38m (21.6 hours) at 30,000 tokens/s, 10.82 at 0.5 an hour"
+    config = small()  # 5 steps of 256 tokens
+    last = plan.describe(config, tokens_per_sec=10, price_per_hour=None).splitlines()[-1]
+    assert last == "time      2m08s (0.0 hours) at 10 tokens/s"
+    last = plan.describe(config, tokens_per_sec=None, price_per_hour=2).splitlines()[-1]
+    assert "--tokens-per-sec" in last and "--price-per-hour" in last
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--dry-run", "train.steps=3", "--tokens-per-sec", "1e4", "optim.lr=1e-3", "--config", "quickstart"],
+        ["optim.lr=1e-3", "--config", "quickstart", "--tokens-per-sec=1e4", "train.steps=3", "--dry-run"],
+    ],
+)
+def test_the_command_takes_its_options_in_any_order(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.main(arguments) == 0
+    config = configuration.load("quickstart", ["train.steps=3", "optim.lr=1e-3"])
+    output = capsys.readouterr()
+    assert output.out == plan.describe(config, tokens_per_sec=1e4, price_per_hour=None) + "\n"
+    assert output.err == "" and "in 3 steps of" in output.out and "lr: 0.001" in output.out
+    assert not list(tmp_path.iterdir())  # a plan leaves nothing behind

@@ -1,0 +1,348 @@
+"""README.md held to the truth: its commands run or parse, and what it names (keys, flags, files, metrics) exists."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import io
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import config_table
+import export
+import pytest
+
+import checkpoint
+import config
+import generate
+import parallel
+import plan
+import resume
+import train
+
+ROOT = Path(train.__file__).resolve().parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCE = re.compile(r"^```(?P<kind>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+PROSE = FENCE.sub("", README)
+SNIPPETS = [block["body"] for block in FENCE.finditer(README) if block["kind"] == "python"]
+# What makes the quickstart short; what it prints and writes stays the same.
+SHORT = (
+    "train.steps=2", "train.batch_tokens=512", "train.micro_batch=2", "model.vocab_size=512", "eval.tokens=1",
+    "sample.max_new_tokens=2", "log.every_steps=1", "data.workers=0",
+)  # fmt: skip
+
+
+def commands() -> list[list[str]]:
+    """Every command of the shell blocks, in order, as words."""
+    found = []
+    for block in FENCE.finditer(README):
+        if block["kind"] not in ("bash", "powershell"):
+            continue
+        for line in block["body"].replace("\\\n", " ").replace("\\", "/").splitlines():
+            words = shlex.shlex(line.removeprefix("!"), posix=True, punctuation_chars="&;|")
+            words.whitespace_split = True
+            found.append([])
+            for word in words:
+                if set(word) <= set("&;|"):
+                    found.append([])
+                else:
+                    found[-1].append(word)
+    return [words for words in found if words]
+
+
+COMMANDS = commands()
+
+
+def section(title: str) -> str:
+    """What stands under a heading, subsections included, without code blocks."""
+    start = re.search(rf"^(#+) {re.escape(title)}$", PROSE, re.MULTILINE)
+    assert start, f"README.md has no heading {title!r}"
+    end = re.search(rf"^#{{1,{len(start[1])}}} ", PROSE[start.end() :], re.MULTILINE)
+    return PROSE[start.end() :][: end.start() if end else None]
+
+
+def first_cells(text: str) -> list[str]:
+    """The first column of the tables, without their heads."""
+    rows = re.findall(r"^\| ?(.*?) ?\|", text, re.MULTILINE)
+    return [row for row, below in zip(rows, [*rows[1:], ""], strict=True) if not {row, below} & {"---", "--:"}]
+
+
+def code(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+def flags(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+
+
+def schema_keys() -> set[str]:
+    return set(re.findall(r"^  ([\w.\[\]]+)(?: =|$)", config.describe(), re.MULTILINE))
+
+
+class Quickstart(NamedTuple):
+    folder: Path  # the working directory; the run is runs/quickstart in it
+    output: str
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "runs" / "quickstart"
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
+    """The README's first training command, with SHORT behind it, in an empty directory."""
+    folder, output = tmp_path_factory.mktemp("clone"), io.StringIO()
+    command = next(words for words in COMMANDS if words[:2] == ["python", "train.py"])
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.chdir(folder)
+        assert train.main([*command[2:], *SHORT]) == 0
+    return Quickstart(folder, output.getvalue())
+
+
+# --- commands ---
+
+
+def check_train(words: list[str]) -> None:
+    """They parse, and the plan can be made: configuration, counts, FLOPs."""
+    args = train.parse(words)
+    settings = config.load(args.config, args.overrides)
+    plan.describe(settings, tokens_per_sec=args.tokens_per_sec, price_per_hour=args.price_per_hour)
+
+
+def check_torchrun(words: list[str]) -> None:
+    from torch.distributed.run import get_args_parser
+
+    given = get_args_parser().parse_args(words)
+    assert given.training_script == "train.py"
+    check_train(given.training_script_args)
+
+
+def check_generate(words: list[str]) -> None:
+    generate.parse_arguments(words)
+
+
+def check_export(words: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "export", lambda *_, **__: None)
+        assert export.main(words) == 0
+
+
+def check_pip(words: list[str]) -> None:
+    assert words[0] == "install"
+    assert all((ROOT / name).is_file() for option, name in itertools.pairwise(words) if option == "-r")
+    assert all(word == parallel.TORCH_RANGE for word in words if word.startswith("torch"))
+
+
+def check_nothing(words: list[str]) -> None:
+    """Not ours."""
+
+
+def check_cp(words: list[str]) -> None:
+    assert (ROOT / words[0]).is_file()
+
+
+PROGRAMS: dict[str, Callable[[list[str]], None]] = {
+    "python train.py": check_train,
+    "python generate.py": check_generate,
+    "python scripts/export.py": check_export,
+    "python -m": check_nothing,
+    "torchrun": check_torchrun,
+    "pytest": check_nothing,
+    "pip": check_pip,
+    "cp": check_cp,
+    "git": check_nothing,
+    "%cd": check_nothing,
+    ".": check_nothing,
+    ".venv/Scripts/activate": check_nothing,
+    "nvidia-smi": check_nothing,
+}
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_a_command_parses(words: list[str]) -> None:
+    length = 2 if words[0] == "python" else 1
+    program = " ".join(words[:length])
+    assert program in PROGRAMS, f"{program}: say in PROGRAMS how it is checked"
+    PROGRAMS[program](words[length:])
+
+
+def test_the_commands_that_ci_runs_are_marked() -> None:
+    names = re.findall(r"\breadme ([a-z]+)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    assert set(names) == set(re.findall(r"^<!-- ci:(\w+) -->$", README, re.MULTILINE))
+    for name in names:
+        assert len(re.findall(rf"^<!-- ci:{name} -->\n```bash\n\S", README, re.MULTILINE)) == 1
+
+
+def test_the_quickstart_prints_what_is_shown(quickstart: Quickstart) -> None:
+    (shown,) = (block["body"] for block in FENCE.finditer(README) if block["kind"] == "text")
+    lines = iter(quickstart.output.splitlines())
+    for line in shown.splitlines():
+        pattern = re.escape(line).replace(re.escape("..."), ".*")
+        assert any(re.fullmatch(pattern, printed) for printed in lines), f"{line}\nnot in\n{quickstart.output}"
+
+
+def test_sampling_and_exporting(
+    quickstart: Quickstart, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The README's commands for it, in order, on what the quickstart left."""
+    monkeypatch.chdir(quickstart.folder)
+    Path("prompts.txt").write_text("Emma\nMr. Darcy\n", encoding="utf-8")
+    for words in COMMANDS:
+        if words[:2] == ["python", "generate.py"]:
+            assert generate.main([*words[2:], "--max-new-tokens", "2"]) == 0, words
+            assert "Emma" in (printed := capsys.readouterr().out) or "truth" in printed
+        elif words[:2] == ["python", "scripts/export.py"]:
+            assert export.main(words[2:]) == 0, words
+    assert {path.name for path in Path("exported").iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.splitlines()[0])
+def test_a_snippet_runs(
+    quickstart: Quickstart, snippet: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = config.load("quickstart").train.steps
+    assert set(re.findall(r"step_\d+", snippet)) <= {f"step_{last:08d}"}
+    newest = checkpoint.latest(quickstart.run / "checkpoints")
+    assert newest is not None
+    monkeypatch.chdir(quickstart.folder)
+    names: dict[str, object] = {}
+    exec(snippet.replace(f"step_{last:08d}", newest.name), names)  # noqa: S102
+    assert type(names["model"]).__name__ in ("DeepseekV3ForCausalLM", "DeepSeekV3")
+    assert capsys.readouterr().out.strip()
+
+
+def test_there_are_two_snippets() -> None:
+    assert [re.search(r"^(?:import|from) (\w+)", snippet, re.MULTILINE)[1] for snippet in SNIPPETS] == [  # type: ignore[index]
+        "generate", "transformers",
+    ]  # fmt: skip
+
+
+# --- names ---
+
+
+def test_keys_exist() -> None:
+    sections = "|".join(config.Config.model_fields)
+    named = {match[1] for span in code(PROSE) if (match := re.fullmatch(rf"((?:{sections})\.\w+)(=.*)?", span))}
+    named = {key for key in named if not (ROOT / key).exists()}  # train.py, data.py
+    assert len(named) > 30 and named <= schema_keys(), named - schema_keys()
+
+
+def help_of(start: Callable[[list[str]], object], capsys: pytest.CaptureFixture[str]) -> set[str]:
+    with pytest.raises(SystemExit) as stop:
+        start(["--help"])
+    assert stop.value.code == 0
+    return flags(capsys.readouterr().out) - {"--help"}
+
+
+def test_flags_are_those_of_the_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    training, sampling, exporting = (
+        help_of(start, capsys) for start in (train.parse, generate.parse_arguments, export.main)
+    )
+    assert flags(" ".join(first_cells(section("Configuration")))) == training
+    assert flags(" ".join(first_cells(section("Generate")))) == sampling
+    assert flags(section("Use the model elsewhere")) == exporting
+    assert flags(PROSE) <= training | sampling | exporting | {"--help"}
+
+
+def test_exit_codes() -> None:
+    assert [int(cell) for cell in first_cells(section("Exit codes"))] == [
+        int(number) for number in re.findall(r"\b\d+\b", train.EXIT_CODES)
+    ]
+
+
+def test_what_may_change_on_resume() -> None:
+    bullet = re.search(r"^- May change: (.*?)^- ", section("Resume"), re.MULTILINE | re.DOTALL)
+    assert bullet
+    named = {span for span in code(bullet[1]) if span != "auto"}
+    assert named == {*resume.FREE_SECTIONS, *resume.FREE_KEYS}
+
+
+def test_metrics_are_those_of_a_run(quickstart: Quickstart) -> None:
+    written = set()
+    for line in (quickstart.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        metrics = json.loads(line)
+        written |= metrics.keys() | {key for layer in metrics["experts"] for key in layer}
+    named = [name for cell in first_cells(section("Metrics")) for name in code(cell)]
+    assert sorted(named) == sorted(written)
+
+
+def test_files_are_those_of_a_run(quickstart: Quickstart) -> None:
+    cells = first_cells(section("What a run writes").partition("### Metrics")[0])
+    patterns = [name.rstrip("/").replace("step_XXXXXXXX", "step_*") for cell in cells for name in code(cell)]
+    newest = checkpoint.latest(quickstart.run / "checkpoints")
+    assert newest is not None
+    files = [path.relative_to(quickstart.run).as_posix() for path in quickstart.run.iterdir() if path.is_file()]
+    files += [f"checkpoints/{newest.name}", *(path.name for path in newest.iterdir())]
+    for name in files:
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns), name
+    for pattern in patterns:
+        assert fnmatch.filter(files, pattern), pattern
+
+
+def anchors(path: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", PROSE)
+    assert {"LICENSE", "CONTRIBUTING.md", "LOG.md", "configs/README.md", ".env.example"} <= set(links)
+    for link in links:
+        if not link.startswith("https://"):
+            name, _, anchor = link.partition("#")
+            path = ROOT / (name or "README.md")
+            assert path.exists(), link
+            assert not anchor or anchor in anchors(path), link
+
+
+def test_reading_order_has_every_module() -> None:
+    links = re.findall(r"^\| \[(.+?)\]\((.+?)\) \|", section("Reading order"), re.MULTILINE)
+    assert all(text == target for text, target in links)
+    files = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]
+    assert sorted(target for _, target in links) == sorted(path.relative_to(ROOT).as_posix() for path in files)
+
+
+def test_presets_are_named_as_they_are() -> None:
+    presets = {path.stem for path in config.CONFIGS.glob("*.yaml")}
+    sizes = {span for span in code(PROSE) if re.fullmatch(r"\d+[mb]", span)}
+    assert sizes and sizes <= presets
+
+
+# --- numbers ---
+
+
+def test_derived_numbers() -> None:
+    """Counts and sizes; anything measured would need its file in benchmarks/."""
+    settings, mini = config.load("mini"), config_table.figures("mini")
+    model = settings.model
+    for number in (f"{mini.total:,} parameters", f"({mini.total + mini.mtp:,} with its MTP layer)"):
+        assert number in PROSE
+    assert f"from {config_table.figures('quickstart').total // 10**6} million parameters up" in PROSE
+    latent = model.kv_lora_rank + model.qk_rope_head_dim
+    plain = model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
+    prose = " ".join(PROSE.split())
+    assert f"{latent} numbers per token and layer" in prose
+    assert f"would keep {plain:,}: {plain / latent:.1f} times less, {2 * latent} bytes in bf16" in prose
+    memory = plan.memory_gib(settings, plan.meta_model(model), compute_bytes=2)
+    copies = 2 * 4 * model.vocab_size * model.hidden_size  # embedding and head, again, for the MTP layer
+    size = (memory["weights"] + memory["optimizer"]) * 2**30 + copies
+    assert f"A checkpoint of `mini` has about {size / 1e9:.0f} GB" in PROSE
+
+
+def test_the_estimate_for_mini() -> None:
+    """As it is more than a T4 (15 GiB) has; with one of the two options less than 12 GB, with room for CUDA itself."""
+    model = plan.meta_model(config.load("mini").model)
+
+    def gib(*overrides: str) -> float:
+        return sum(plan.memory_gib(config.load("mini", overrides), model, compute_bytes=2).values())
+
+    assert gib() > 15
+    for override in ("train.micro_batch=1", "train.recompute=true"):
+        assert f"(`{override}`)" in PROSE
+        assert gib(override) < 10

@@ -1,0 +1,238 @@
+"""The state beside the weights, and which checkpoint a run goes on from; whole runs are in test_train.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import checkpoint
+import resume
+from config import Config, UserError
+from resume import STATE_FILE, TrainState, check, learned, pick
+
+CONFIG = Config()
+STATE = TrainState(
+    learned(CONFIG), "documents", "tokens", "bf16", step=7, tokens=7 * 131072, skipped_steps=1,
+    cursor={"epoch": 0, "window": 2, "chunk": 1, "offset": 99}, loss_scale={"value": 65536.0, "good_steps": 3},
+)  # fmt: skip
+
+
+def changed(**sections: dict[str, Any]) -> Config:
+    values = CONFIG.model_dump()
+    return Config(**{name: section | sections.get(name, {}) for name, section in values.items()})
+
+
+def make(root: Path, *steps: int) -> list[Path]:
+    """Checkpoints of a run."""
+    tensors = {"model": {"weight": torch.zeros(2)}}
+    return [checkpoint.save(root / "checkpoints", step, tensors, {}, keep=99) for step in steps]
+
+
+# ---- the state
+
+
+def test_the_state_comes_back_equal(tmp_path: Path) -> None:
+    (tmp_path / STATE_FILE).write_bytes(STATE.to_json())
+    again = TrainState.read(tmp_path)
+    assert again == STATE
+    assert again.to_json() == STATE.to_json()
+
+
+def test_the_state_s_bytes_depend_on_its_values_alone() -> None:
+    other = TrainState(**{name: getattr(STATE, name) for name in reversed(STATE.__dataclass_fields__)})
+    other.config = dict(reversed(STATE.config.items()))
+    other.cursor = dict(reversed(STATE.cursor.items()))
+    assert other.to_json() == STATE.to_json()
+    other.step += 1
+    assert other.to_json() != STATE.to_json()
+
+
+def test_neither_place_nor_name_of_the_run_is_in_the_state() -> None:
+    """Two runs that learn the same write the same bytes, wherever they lie and however much they log."""
+    elsewhere = changed(
+        run={"name": "other", "dir": "far/away"}, log={"every_steps": 3}, eval={"every_steps": 3},
+        sample={"prompts": ("x",)}, checkpoint={"keep": 1},
+    )  # fmt: skip
+    assert learned(elsewhere) == learned(CONFIG)
+    assert set(learned(CONFIG)) == {"model", "data", "train", "optim"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"schema": 2}, "not of schema 1; written by another version"),
+        ({}, "not of schema 1"),
+        ({"schema": 1, "step": 3}, "missing"),
+        ({"schema": 1, **vars(STATE), "surprise": 1}, "surprise"),
+        ([], "not a JSON object"),
+    ],
+)
+def test_a_state_of_another_kind_is_refused(tmp_path: Path, content: object, message: str) -> None:
+    (tmp_path / STATE_FILE).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as caught:
+        TrainState.read(tmp_path)
+    assert STATE_FILE in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
+    (tmp_path / STATE_FILE).write_bytes(STATE.to_json()[:-40])
+    with pytest.raises(UserError, match=STATE_FILE):
+        TrainState.read(tmp_path)
+
+
+def test_a_model_from_elsewhere_has_no_state_to_go_on_from(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"train\.init_from=") as caught:
+        TrainState.read(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "without training state" in str(caught.value)
+
+
+def test_torch_s_generators_go_on_where_they_were(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    before = torch.get_rng_state()
+    try:
+        resume.restore_rng(7, None, cpu)
+        torch.rand(5)
+        path = checkpoint.save(tmp_path, 1, {"rng": resume.rng_state(cpu)}, {}, keep=1)
+        expected = torch.rand(3)
+        resume.restore_rng(7, path, cpu)
+        assert torch.equal(torch.rand(3), expected)
+        resume.restore_rng(7, None, cpu)
+        assert torch.equal(torch.rand(8)[5:], expected)  # a new run: from the seed alone
+    finally:
+        torch.set_rng_state(before)
+
+
+# ---- whether the configuration fits it
+
+
+def fits(config: Config, *, sources: str = "documents", tokenizer: str = "tokens", precision: str = "bf16") -> None:
+    check(STATE, config, sources=sources, tokenizer=tokenizer, precision=precision)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"train": {"steps": 9, "tokens_per_active_param": 40.0, "micro_batch": 1, "recompute": True, "init_from": "x"}},
+        {"data": {"workers": 0, "sources": ("copy.parquet",)}},  # the same documents, elsewhere
+        {"log": {"every_steps": 1}, "eval": {"tokens": 1}, "sample": {"top_k": 1}, "checkpoint": {"every_steps": 1}},
+    ],
+    ids=["nothing", "length and comfort", "data", "what is told"],
+)
+def test_what_may_change(sections: dict[str, Any]) -> None:
+    fits(changed(**sections))
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "before", "now"),
+    [
+        ({"model": {"q_lora_rank": None}}, "model.q_lora_rank", "512", "None"),
+        ({"data": {"val_fraction": 0.02}}, "data.val_fraction", "0.01", "0.02"),
+        ({"data": {"shuffle_window": 2}}, "data.shuffle_window", "8", "2"),
+        ({"optim": {"decay": 0.2}}, "optim.decay", "0.3", "0.2"),
+        ({"train": {"mtp_weight": 0.5, "seed": 2}}, "train.mtp_weight", "0.3", "0.5"),  # the first in the alphabet
+    ],
+)
+def test_what_must_not_change_is_named_with_both_values(
+    sections: dict[str, Any], key: str, before: str, now: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        fits(changed(**sections))
+    message = str(caught.value)
+    assert message.startswith(key) and before in message and now in message
+    assert message.index(before, len(key)) < message.rindex(now) and "run.name=" in message and "\n" not in message
+
+
+def test_other_documents_behind_the_same_name() -> None:
+    """A file that was edited: naming the equal values would help nobody."""
+    with pytest.raises(UserError, match=r"^data\.sources: the documents are not those the checkpoint was trained on"):
+        fits(CONFIG, sources="others")
+
+
+def test_other_documents_under_another_name() -> None:
+    with pytest.raises(UserError, match=r"^data\.sources: .*fineweb-edu.*other\.txt"):
+        fits(changed(data={"sources": ("other.txt",)}), sources="others")
+
+
+def test_another_tokenizer_behind_the_same_name() -> None:
+    with pytest.raises(
+        UserError, match=r"^data\.tokenizer: 'openai-community/gpt2@.* is not the checkpoint's tokenizer"
+    ):
+        fits(CONFIG, tokenizer="others")
+
+
+def test_precision_follows_a_new_card_only_when_left_to_it() -> None:
+    fits(CONFIG, precision="fp16")
+    fits(changed(train={"precision": "bf16"}), precision="bf16")
+    with pytest.raises(UserError, match=r"^train\.precision: .*'bf16'.*'fp16'"):
+        fits(changed(train={"precision": "fp16"}), precision="fp16")
+
+
+# ---- which checkpoint
+
+
+def test_a_new_run_starts_from_nothing(tmp_path: Path) -> None:
+    assert pick(tmp_path / "run", "auto") is None and pick(tmp_path / "run", "never") is None
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # stopped before its first checkpoint
+    assert pick(tmp_path / "run", "auto") is None
+
+
+def test_auto_takes_the_newest_intact_one(tmp_path: Path) -> None:
+    first, second, third = make(tmp_path, 9, 10, 100)
+    assert pick(tmp_path, "auto") == third
+    (third / "model.safetensors").write_bytes(b"x")
+    assert pick(tmp_path, "auto") == second
+    (second / "manifest.json").unlink()
+    assert pick(tmp_path, "auto") == first
+
+
+def test_never_moves_every_earlier_run_aside(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        make(tmp_path / "run", number)
+        assert pick(tmp_path / "run", "never") is None
+        assert not (tmp_path / "run").exists()
+        assert [path.name for path in (tmp_path / f"run.{number}" / "checkpoints").iterdir()] == [f"step_{number:08d}"]
+    (tmp_path / "run").mkdir()
+    assert pick(tmp_path / "run", "never") is None and not (tmp_path / "run.4").exists()  # an empty folder is no run
+
+
+def test_a_path_is_a_checkpoint_a_run_or_a_model(tmp_path: Path) -> None:
+    older, newer = make(tmp_path / "other", 1, 2)
+    run = tmp_path / "run"
+    assert pick(run, str(older)) == older  # a branch
+    assert pick(run, str(tmp_path / "other")) == newer
+    assert pick(tmp_path / "other", str(newer)) == newer  # its own newest
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "model.safetensors").write_bytes(b"")
+    assert pick(run, str(foreign)) == foreign
+
+
+def test_a_path_does_not_overtake_what_a_run_has(tmp_path: Path) -> None:
+    older, newer = make(tmp_path / "run", 1, 2)
+    (elsewhere,) = make(tmp_path / "other", 3)
+    with pytest.raises(UserError, match=f"has a later checkpoint, {newer.name}; give another run.name="):
+        pick(tmp_path / "run", str(older))
+    with pytest.raises(UserError, match=r"has checkpoints of its own; give another run\.name="):
+        pick(tmp_path / "run", str(elsewhere))
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {older.name, newer.name}
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
+    (path,) = make(tmp_path / "other", 1)
+    (path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"model\.safetensors: 1 bytes, the manifest says"):
+        pick(tmp_path / "run", str(path))
+
+
+def test_the_free_keys_are_keys() -> None:
+    """A renamed key must not silently become one that may not change."""
+    assert set(resume.FREE_SECTIONS) < set(Config.model_fields)
+    for key in resume.FREE_KEYS:
+        section, name = key.split(".")
+        assert name in type(getattr(CONFIG, section)).model_fields
