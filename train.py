@@ -213,7 +213,8 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False)
         loader = data.loader(
             manifest, tokenizer, seq_len=config.data.seq_len, extra=tokens_ahead(config), rows=config.rows_per_step,
             rank=mesh.rank, world_size=mesh.world_size, seed=config.train.seed,
-            cursor=data.Cursor.from_dict(state.cursor), threshold=threshold, shuffle_window=config.data.shuffle_window, workers=config.data.workers,
+            cursor=data.Cursor.from_dict(state.cursor), threshold=threshold,
+            shuffle_window=config.data.shuffle_window, workers=config.data.workers,
             pin_memory=mesh.device.type == "cuda",
         )  # fmt: skip
         resume.restore_rng(config.train.seed, start, mesh.device)

@@ -7,11 +7,11 @@ import time
 
 import pytest
 import torch
+from test_model import build, tiny
 
 import config as configuration
 from metrics import Clock, expert_metrics, step_metrics
 from model import moe_layers
-from test_model import build, tiny
 
 
 def test_loss_parts_add_up_to_what_is_optimised() -> None:

@@ -125,35 +125,42 @@ def test_two_processes() -> None:
 
 @pytest.fixture
 def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build of torch for the CPU."""
+    """A card that this torch, a build for the CPU, does not use."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-
-
-def test_a_card_that_torch_cannot_use_is_told_how_to(no_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "_has_nvidia_card", lambda: True)
+
+
+@pytest.mark.parametrize(("cuda", "said"), [(None, "for the CPU"), ("13.0", "13.0")])  # the driver may be too old
+def test_a_card_that_torch_cannot_use(
+    cuda: str | None, said: str, no_cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says what to install, of the versions that requirements.txt names."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     with pytest.raises(UserError) as caught:
         pick_device(0, allow_cpu=False)
     message = str(caught.value)
-    assert "NVIDIA GPU" in message and "for the CPU" in message and "--allow-cpu" in message
-    assert "\n" not in message
+    assert "NVIDIA GPU" in message and said in message and "--allow-cpu" in message and "\n" not in message
     pattern = r'pip install --force-reinstall "(\S+)" --index-url https://download\.pytorch\.org/whl/cu\d+ '
     command = re.search(pattern, message)
     assert command is not None
-    assert f"\n{command[1]}" in (ROOT / "requirements.txt").read_text(encoding="utf-8")  # the range that is tested
+    assert f"\n{command[1]}" in (ROOT / "requirements.txt").read_text(encoding="utf-8")
     assert pick_device(0, allow_cpu=True) == CPU
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_a_card_that_is_hidden_on_purpose(hidden: str, no_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert pick_device(0, allow_cpu=False) == CPU
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UserError):
+        pick_device(0, allow_cpu=False)
 
 
 def test_without_a_card_the_cpu_it_is(no_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "_has_nvidia_card", lambda: False)
     assert pick_device(3, allow_cpu=False) == CPU
-
-
-def test_a_cuda_build_without_a_usable_card_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", "12.6")
-    monkeypatch.setattr(parallel, "_has_nvidia_card", lambda: True)
-    assert pick_device(0, allow_cpu=False) == CPU
 
 
 def test_a_card_shows_in_its_driver_or_its_tool(monkeypatch: pytest.MonkeyPatch) -> None:
