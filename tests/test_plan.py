@@ -73,7 +73,7 @@ def test_memory_of_weights_gradients_and_optimizer_is_what_they_take(name: str) 
 
 def test_memory_grows_with_rows_and_shrinks_with_recomputation() -> None:
     def total(*overrides: str, compute_bytes: int = 2) -> dict[str, float]:
-        config = configuration.load("mini", overrides)
+        config = configuration.load("mini", ["train.micro_batch=4", "train.recompute=false", *overrides])
         return plan.memory_gib(config, plan.meta_model(config.model), compute_bytes=compute_bytes)
 
     base, rows, again = total(), total("train.micro_batch=8"), total("train.recompute=true")
