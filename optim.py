@@ -201,13 +201,19 @@ def update_router_bias(model: DeepSeekV3, counts_LE: Tensor, speed: float) -> No
 
 @dataclass
 class LossScale:
-    """Dynamic loss scale of fp16: halved when a gradient overflows, doubled after `growth_interval` good steps."""
+    """Dynamic loss scale of fp16: halved when a gradient overflows, doubled after `growth_interval` good steps.
 
+    With `dynamic` false it stays 1, for the other precisions.
+    """
+
+    dynamic: bool = False
     value: float = 1.0
     good_steps: int = 0
     growth_interval: int = 500
 
     def update(self, finite: bool) -> None:
+        if not self.dynamic:
+            return
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.value = max(self.value / 2, 1.0)

@@ -108,8 +108,7 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
         run.optimizers.step(lr)
         if step < config.optim.bias_until * run.steps:
             update_router_bias(run.model, counts_LE, config.optim.bias_speed)
-    if config.train.precision == "fp16" or run.scale.value != 1.0:
-        run.scale.update(finite)
+    run.scale.update(finite)
     metrics = step_metrics(sums[: 2 * (1 + depth) + 1].tolist(), rows * seq_len, rows, mtp_weight, config)
     return metrics | {"lr": lr, "grad_norm": grad_norm if finite else None, "skipped": not finite, "counts": counts_LE}
 
@@ -198,7 +197,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False)
         if config.optim.ns_dtype != "auto":
             ns_dtype = parallel.DTYPES[config.optim.ns_dtype]
         optimizers = Optimizers(model, config.optim, ns_dtype=ns_dtype)
-        scale = LossScale(2.0**13) if precision == "fp16" else LossScale()
+        scale = LossScale(dynamic=True, value=2.0**13) if precision == "fp16" else LossScale()
         if start is not None:
             model.load_state_dict(convert.load(start)[1])
             optimizers.load(checkpoint.load(start, "optimizer"))

@@ -147,12 +147,15 @@ def test_router_bias_moves_once_towards_the_mean() -> None:
 
 
 def test_loss_scale_halves_and_grows() -> None:
-    scale = LossScale(1024.0, growth_interval=2)
+    scale = LossScale(dynamic=True, value=1024.0, growth_interval=2)
     scale.update(finite=False)
     assert (scale.value, scale.good_steps) == (512.0, 0)
     scale.update(finite=True)
     scale.update(finite=True)
     assert (scale.value, scale.good_steps) == (1024.0, 0)
+    fixed = LossScale()
+    fixed.update(finite=False)
+    assert fixed == LossScale()
 
 
 def test_overfits_one_batch_to_near_zero() -> None:

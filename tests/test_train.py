@@ -330,6 +330,41 @@ def test_a_step_without_finite_gradients_changes_nothing(tiny, tmp_path: Path) -
     assert [line["grad_norm"] is None for line in metrics(tmp_path / "run")] == [False] * 3 + [True] + [False] * 2
 
 
+def test_fp16_with_its_loss_scale_follows_fp32_and_resumes_exactly(tiny, tmp_path: Path) -> None:
+    """The path of a T4, on the CPU, which computes fp16 slowly but rightly."""
+    import parallel
+
+    assert tiny("exact") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "pick_precision", lambda *_: "fp16")
+        assert tiny("half", "train.precision=auto") == 0
+        stop_after(tiny, "parts", 7, "train.precision=auto")
+        assert tiny("parts", "train.precision=auto") == 0
+    exact, half = metrics(tmp_path / "exact"), metrics(tmp_path / "half")
+    assert all(line["loss_scale"] == 2.0**13 and not line["skipped"] for line in half)
+    for key, tolerance in (("loss", 0.02), ("grad_norm", 0.1)):
+        assert [line[key] for line in half] == pytest.approx([line[key] for line in exact], rel=tolerance)
+    assert learned(tmp_path / "parts") == learned(tmp_path / "half")
+    one, two = newest(tmp_path / "parts"), newest(tmp_path / "half")
+    for name in ("model.safetensors", "optimizer.safetensors", STATE_FILE):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+def test_an_overflow_halves_the_scale_and_touches_no_state(tiny, tmp_path: Path) -> None:
+    import optim
+    import parallel
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "pick_precision", lambda *_: "fp16")
+        real = optim.LossScale
+        patch.setattr(optim, "LossScale", lambda **values: real(**values | {"value": 2.0**40}) if values else real())
+        assert tiny("run", "train.precision=auto", "train.steps=4") == 0
+    lines = metrics(tmp_path / "run")
+    assert [line["skipped"] for line in lines] == [True] * 4 and lines[-1]["loss_scale"] == 2.0**36
+    assert not load_file(newest(tmp_path / "run") / "optimizer.safetensors")
+    assert lines[0]["experts"][0]["bias_max"] == 0.0
+
+
 def test_diverging_stops(
     tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
