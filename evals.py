@@ -15,7 +15,7 @@ from parallel import Mesh
 @torch.no_grad()
 def evaluate(
     model: DeepSeekV3, held_out: Validation, *, rows: int, mesh: Mesh, stopped: Callable[[], bool]
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """`val_loss`, nats per token, and `val_bpb`, bits per UTF-8 byte, both of the main head, EOS included.
 
     `rows` at a time; every rank takes its share. Empty when there is nothing to evaluate or `stopped` says so.
@@ -35,4 +35,5 @@ def evaluate(
     nats, count = mesh.sum(sums).tolist()
     if not count:
         return {}
-    return {"val_loss": nats / count, "val_bpb": nats / math.log(2) / held_out.num_bytes}
+    scores = {"val_loss": nats / count, "val_bpb": nats / math.log(2) / held_out.num_bytes}
+    return {key: value if math.isfinite(value) else None for key, value in scores.items()}

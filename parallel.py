@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,10 +25,11 @@ from config import UserError
 T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TORCH_RANGE = "torch>=2.9,<2.14"
-# Dense 16-bit matrix products with fp32 accumulation, TFLOP/s, from the vendor's data sheets; others are measured.
+# Dense 16-bit matrix products with fp32 accumulation, TFLOP/s, from the vendor's data sheets, by the ends of device
+# names; whatever else there is (Ti, SUPER, Laptop, PCIe) is measured.
 NOMINAL_TFLOPS = {
-    "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "T4": 65, "V100": 125, "RTX 3060": 25.5,
-    "RTX 3090": 71, "RTX 4070": 58, "RTX 4090": 165,
+    r"H200": 989, r"H100 80GB HBM3": 989, r"A100-\S+": 312, r"L40S": 362, r"L4": 121, r"T4": 65, r"V100-SXM2-\S+": 125,
+    r"RTX 3060": 25.5, r"RTX 3090": 71, r"RTX 4070": 58, r"RTX 4090": 165,
 }  # fmt: skip
 
 
@@ -91,9 +94,7 @@ def pick_device(local_rank: int, *, allow_cpu: bool) -> torch.device:
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"rank {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}")
         torch.cuda.set_device(local_rank)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
-            True  # Ampere and later; else no effect
-        )
+        torch.set_float32_matmul_precision("high")  # TF32 on Ampere and later
         return torch.device("cuda", local_rank)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if not allow_cpu and not hidden and _has_nvidia_card():
@@ -129,7 +130,10 @@ def parallelize(model: nn.Module, mesh: Mesh) -> nn.Module:
     if mesh.world_size == 1:
         return model
     # Buffers are router biases, which every rank updates from the same global counts.
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    known = inspect.signature(DistributedDataParallel).parameters
+    off = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in torch 2.13
+    options: dict[str, Any] = {off: False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(model, **options)
 
 
 def synchronised(model: nn.Module, last: bool) -> AbstractContextManager:
@@ -143,8 +147,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Floating-point operations per second this device can do, and whose figure that is."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     if device.type == "cuda" and dtype != torch.float32:
-        for key, tflops in NOMINAL_TFLOPS.items():
-            if key in name.replace("-", " ").replace("GeForce ", ""):
+        for pattern, tflops in NOMINAL_TFLOPS.items():
+            if re.search(rf" {pattern}$", name):
                 return tflops * 1e12, f"{name}, data sheet"
     size = 4096 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

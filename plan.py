@@ -22,7 +22,7 @@ def num_steps(config: Config, counts: Counts) -> int:
     """`train.steps`, or as many as `train.tokens_per_active_param` asks for."""
     if config.train.steps is not None:
         return config.train.steps
-    return max(1, math.ceil(config.train.tokens_per_active_param * counts.active_with_head / config.train.batch_tokens))
+    return math.ceil(config.train.tokens_per_active_param * counts.active_with_head / config.train.batch_tokens)
 
 
 def memory_gib(config: Config, model: DeepSeekV3, *, compute_bytes: int) -> dict[str, float]:

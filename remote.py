@@ -70,8 +70,11 @@ def dataset_files(source: SourceConfig, commit: str, *, instead: str) -> list[tu
         raise UserError(f"{where} has no split {source.split!r}; it has: {', '.join(map(str, splits)) or 'none'}")
     names = [str(name) for name in splits[source.split]]
     prefix = f"{PREFIX}datasets/{source.path}@{commit}/"
+    for name in names:
+        if not name.startswith(prefix):
+            raise UserError(f"{where}: its file {name!r} lies outside the repository; {instead}")
     paths = [name.removeprefix(prefix) for name in names]
-    infos = HfApi().get_paths_info(source.path, paths, revision=commit, repo_type="dataset")
+    infos = retry(lambda: HfApi().get_paths_info(source.path, paths, revision=commit, repo_type="dataset"), where, 20.0)
     sizes: dict[str, int] = {info.path: getattr(info, "size", 0) for info in infos}
     return [(prefix + path, sizes[path]) for path in paths]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 import checkpoint
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 STATE_FILE = "training_state.json"
+RUN_FILES = {"config.yaml", "metrics.jsonl", "samples.md", "checkpoints", "metrics.tmp", "samples.tmp"}
 # What may change on resume: it decides how long, how visibly and how comfortably a run goes on, not what it learns.
 FREE_SECTIONS = ("run", "log", "eval", "sample", "checkpoint")
 FREE_KEYS = {
@@ -34,6 +36,8 @@ FREE_KEYS = {
 @dataclass
 class TrainState:
     """Everything but tensors that the next step depends on. No time, host or path."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     config: dict[str, Any]  # the sections that must not change
     sources: str  # fingerprint of the documents
@@ -58,9 +62,10 @@ class TrainState:
         if values.pop("schema", None) != SCHEMA:
             raise UserError(f"{path / STATE_FILE}: not of schema {SCHEMA}; written by another version of this program")
         try:
-            return cls(**values)
-        except TypeError as error:
-            raise UserError(f"{path / STATE_FILE}: {error}") from None
+            return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(f"{path / STATE_FILE}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def learned(config: Config) -> dict[str, Any]:
@@ -86,14 +91,15 @@ def pick(run_dir: Path, wanted: str) -> Path | None:
     `never` moves an earlier run of this name aside; nothing is lost.
     """
     checkpoints = run_dir / "checkpoints"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run.dir = {str(run_dir)!r} is a file; give the name of a folder")
     newest = checkpoint.latest(checkpoints)
     if wanted == "never":
-        if run_dir.exists() and any(run_dir.iterdir()):
-            number = next(n for n in range(1, 10**6) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
-            os.rename(run_dir, run_dir.with_name(f"{run_dir.name}.{number}"))
+        move_aside(run_dir)
         return None
     if wanted == "auto":
-        damaged = [path.name for path in checkpoints.glob("step_*")] if newest is None else []
+        found = [path.name for path in checkpoints.iterdir()] if newest is None and checkpoints.is_dir() else []
+        damaged = [name for name in found if checkpoint.STEP.fullmatch(name)]
         if damaged:
             raise UserError(
                 f"{checkpoints}: no intact checkpoint among {', '.join(sorted(damaged))}; restore one, or start afresh "
@@ -108,6 +114,20 @@ def pick(run_dir: Path, wanted: str) -> Path | None:
     if newest is not None and newest.parent.resolve() != chosen.parent.resolve():
         raise UserError(f"--resume {wanted}: {run_dir} has checkpoints of its own; give another run.name=... to branch")
     return chosen
+
+
+def move_aside(run_dir: Path) -> None:
+    """Rename a run's folder to the first free `<name>.1`, `<name>.2`, ...; leave folders with anything else alone."""
+    entries = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
+    foreign = sorted(entries - RUN_FILES)
+    if foreign:
+        raise UserError(
+            f"--resume never: {run_dir} also holds {foreign[0]!r}, which is no part of a run; move it yourself"
+        )
+    if entries:
+        place = run_dir.resolve()
+        number = next(n for n in range(1, 10**6) if not place.with_name(f"{place.name}.{n}").exists())
+        os.rename(place, place.with_name(f"{place.name}.{number}"))
 
 
 def check(saved: TrainState, config: Config, *, sources: str, tokenizer: str, precision: str) -> None:
@@ -137,14 +157,8 @@ def _mismatch(key: str, before: Any, now: Any) -> UserError:
     return UserError(f"{key}: the checkpoint was trained with {before!r}, the configuration says {now!r}; {_REMEDY}")
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
 
 
 def load_initial_weights(model: DeepSeekV3, config: Config) -> None:

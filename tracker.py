@@ -116,8 +116,11 @@ def keep_until(folder: Path, step: int) -> None:
                 continue
         _replace(metrics, "".join(kept))
     if samples.exists():
-        sections = re.split(r"(?m)^(?=## Step \d+$)", samples.read_text(encoding="utf-8", errors="replace"))
-        kept = [part for part in sections if part and int(re.findall(r"\d+", part)[0]) <= step]
+        kept = []
+        for part in re.split(r"(?m)^(?=## Step \d+$)", samples.read_text(encoding="utf-8", errors="replace")):
+            heading = re.match(r"## Step (\d+)$", part, re.MULTILINE)
+            if part.strip() and (heading is None or int(heading[1]) <= step):
+                kept.append(part.rstrip() + "\n\n")  # a line that was torn off must not swallow the next heading
         _replace(samples, "".join(kept))
 
 

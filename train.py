@@ -204,6 +204,8 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False)
             scale = LossScale(**state.loss_scale) if precision == "fp16" and state.loss_scale else scale
         elif config.train.init_from is not None:
             resume.load_initial_weights(model, config)
+        if mesh.is_main:
+            make_folder(run_dir)
         tracker = Tracker(run_dir if mesh.is_main else None, total_steps=steps, first_step=state.step)
         run = Run(config, mesh, model, parallel.parallelize(model, mesh), optimizers, scale, steps, stop, tracker)
         if mesh.is_main:
@@ -340,6 +342,14 @@ def open_data(config: Config, start: Path | None) -> tuple[Manifest, int, PreTra
     return manifest, threshold, tokenizer, held_out
 
 
+def make_folder(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").touch()
+    except OSError as error:
+        raise UserError(f"run.dir = {str(run_dir)!r} cannot be written: {error.strerror}") from None
+
+
 def warn_if_slow(mesh: Mesh, seconds_at_peak: float) -> None:
     from tracker import duration
 
@@ -442,6 +452,13 @@ NEXT = """next:
 # ------------------------------------------------------------------------------------------------------------- program
 
 
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 1e-6 <= value <= 1e12:
+        raise ValueError
+    return value
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="train.py",
@@ -454,8 +471,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan: config, parameters, FLOPs, memory, cost"
     )
-    parser.add_argument("--tokens-per-sec", type=float, metavar="X", help="with --dry-run: tells hours")
-    parser.add_argument("--price-per-hour", type=float, metavar="X", help="with --dry-run: tells the cost")
+    parser.add_argument("--tokens-per-sec", type=_rate, metavar="X", help="with --dry-run: tells hours")
+    parser.add_argument("--price-per-hour", type=_rate, metavar="X", help="with --dry-run: tells the cost")
     parser.add_argument(
         "--allow-cpu", action="store_true", help="go on without the GPU when torch is built for the CPU"
     )

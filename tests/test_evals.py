@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,10 +18,11 @@ from torch import Tensor
 import data
 import sources
 import tokenizer
+import tracker
 from config import SourceConfig
 from data import Validation
 from evals import evaluate
-from model import DeepSeekV3
+from model import DeepSeekV3, Output
 from parallel import Mesh
 
 SEQ_LEN = 8
@@ -147,3 +149,17 @@ def test_no_held_out_document_is_no_score() -> None:
 
     nothing = Validation(torch.zeros(0, 8, dtype=torch.int64), torch.zeros(0, 9, dtype=torch.int64), 0, 0, 0)
     assert evaluate(uncalled, nothing, rows=4, mesh=ALONE, stopped=never) == {}  # type: ignore[arg-type]
+
+
+def test_scores_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    """A model on its way to infinity still gets its metrics line and its checkpoint."""
+    infinite, none = torch.tensor([float("inf")]), torch.zeros(1)
+    out = Output(infinite, infinite, torch.tensor([1]), none, none, none)
+    rows = torch.zeros(1, 2, dtype=torch.int64)
+    mesh = Mesh(0, 1, torch.device("cpu"))
+    scores = evaluate(
+        lambda *_: out,  # type: ignore[arg-type]
+        Validation(rows, rows, 1, 1, 1), rows=1, mesh=mesh, stopped=lambda: False,
+    )  # fmt: skip
+    assert scores == {"val_loss": None, "val_bpb": None}
+    tracker.Tracker(tmp_path, total_steps=1, first_step=0, out=io.StringIO()).log(1, scores)

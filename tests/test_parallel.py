@@ -101,7 +101,7 @@ def test_two_processes() -> None:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
     # torch 2.13 would have DDP's argument under a name that 2.9 does not know.
-    command = [sys.executable, "-W", "error", "-W", "ignore:`broadcast_buffers`:FutureWarning", "-c", TWO]
+    command = [sys.executable, "-W", "error", "-c", TWO]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks = [subprocess.Popen(command, env=env | {"RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"]
     try:
@@ -171,24 +171,20 @@ def test_a_card_shows_in_its_driver_or_its_tool(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def tf32() -> Iterator[list[Any]]:
-    """The switches of TF32, off; put back afterwards (monkeypatch cannot: they are no ordinary attributes)."""
-    switches = [torch.backends.cuda.matmul, torch.backends.cudnn]
-    before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = False
-    yield switches
-    for switch, value in zip(switches, before, strict=True):
-        switch.allow_tf32 = value
+def full_precision() -> Iterator[None]:
+    """fp32 products in full, and so again afterwards."""
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision("highest")
 
 
-def test_a_rank_takes_its_own_card(tf32: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_takes_its_own_card(full_precision: None, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert pick_device(1, allow_cpu=False) == torch.device("cuda", 1) and chosen == [1]
-    assert all(switch.allow_tf32 for switch in tf32)  # Ampere and later; without effect before
+    assert torch.get_float32_matmul_precision() == "high"  # TF32 on Ampere and later; without effect before
     with pytest.raises(UserError, match="rank 2 of this machine has no GPU: it has 2"):
         pick_device(2, allow_cpu=True)
     assert chosen == [1]
@@ -322,3 +318,13 @@ def test_peak_memory_of_a_gpu_is_what_torch_allocated(monkeypatch: pytest.Monkey
 def test_peak_memory_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
     assert parallel.peak_memory_gib(CPU) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["RTX A1000", "L40", "GeForce RTX 4070 Ti SUPER", "T400 4GB", "GeForce RTX 3060 Ti", "H100 PCIe"]
+)
+def test_a_card_with_a_similar_name_is_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.randn
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: f"NVIDIA {name}")
+    monkeypatch.setattr(torch, "randn", lambda *shape, device, dtype: real(4, 4))
+    assert "measured" in parallel.peak_flops(torch.device("cuda", 0), torch.float16)[1]

@@ -146,3 +146,10 @@ def test_the_command_takes_its_options_in_any_order(
     assert output.out == plan.describe(config, tokens_per_sec=1e4, price_per_hour=None) + "\n"
     assert output.err == "" and "in 3 steps of" in output.out and "lr: 0.001" in output.out
     assert not list(tmp_path.iterdir())  # a plan leaves nothing behind
+
+
+@pytest.mark.parametrize("value", ["nan", "-5", "0", "1e-320", "fast"])
+def test_rates_that_are_none(value: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--dry-run", "--config", "quickstart", "--tokens-per-sec", value])
+    assert caught.value.code == 2

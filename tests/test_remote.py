@@ -219,3 +219,28 @@ def test_ranks_do_not_ask_in_step(clock: Clock) -> None:
 def test_one_line_is_never_empty() -> None:
     assert one_line(OSError("a\n  b\tc ")) == "a b c"
     assert one_line(TimeoutError()) == "TimeoutError"
+
+
+@pytest.mark.parametrize(
+    ("file", "answer", "message"),
+    [
+        ("hf://datasets/o/s@c/a.parquet", ConnectionError("reset"), "reset"),
+        ("https://example.org/a.parquet", None, "outside the repository"),
+    ],
+)
+def test_files_that_cannot_be_had(
+    monkeypatch: pytest.MonkeyPatch, file: str, answer: Exception | None, message: str
+) -> None:
+    def infos(*_: object, **__: object) -> list[object]:
+        if answer is not None:
+            raise answer
+        return []
+
+    builder = SimpleNamespace(config=SimpleNamespace(data_files={"train": [file]}))
+    library = SimpleNamespace(disable_progress_bars=lambda: None, load_dataset_builder=lambda *_, **__: builder)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    monkeypatch.setattr(huggingface_hub.HfApi, "get_paths_info", infos)
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    monkeypatch.setattr(remote.time, "monotonic", iter(range(0, 10**6, 5)).__next__)
+    with pytest.raises(UserError, match=message):
+        dataset_files(SourceConfig(path="o/s"), "c", instead="-")

@@ -236,3 +236,39 @@ def test_the_free_keys_are_keys() -> None:
     for key in resume.FREE_KEYS:
         section, name = key.split(".")
         assert name in type(getattr(CONFIG, section)).model_fields
+
+
+def test_a_first_save_that_died_is_no_damaged_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step_00000010.tmp-0a1b2c3d").mkdir(parents=True)
+    assert pick(tmp_path, "auto") is None
+
+
+@pytest.mark.parametrize("wanted", ["auto", "never"])
+def test_a_run_folder_that_is_a_file(tmp_path: Path, wanted: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        pick(tmp_path / "file", wanted)
+
+
+def test_only_a_run_is_moved_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match=r"thesis\.tex"):
+        pick(Path(), "never")
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_section_that_appears_is_named_as_a_whole() -> None:
+    before = Config()
+    values = before.model_dump()
+    values["model"]["rope_scaling"] = {"factor": 4.0}
+    saved = TrainState(learned(before), "a", "b", "fp32")
+    with pytest.raises(UserError, match=r"^model\.rope_scaling: .*None.*4\.0"):
+        check(saved, Config(**values), sources="a", tokenizer="b", precision="fp32")
+
+
+def test_a_state_of_wrong_types(tmp_path: Path) -> None:
+    values = json.loads(TrainState(learned(Config()), "a", "b", "fp32").to_json()) | {"step": "3"}
+    (tmp_path / "training_state.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="step"):
+        TrainState.read(tmp_path)

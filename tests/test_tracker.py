@@ -233,3 +233,11 @@ def test_other_ranks_are_silent(
     run.log(1, {"loss": float("nan")})
     run.samples(1, [("a", "b")])
     assert out.getvalue() == "" and not list(tmp_path.iterdir())
+
+
+def test_torn_samples(tmp_path: Path) -> None:
+    (tmp_path / "samples.md").write_text("a note of mine\n\n## Step 1\n\n> a\n\n## St")
+    run = tracker.Tracker(tmp_path, total_steps=9, first_step=1, out=io.StringIO())
+    run.samples(3, [("a", "b")])
+    text = (tmp_path / "samples.md").read_text()
+    assert text.startswith("a note of mine\n") and "\n## Step 3\n" in text
