@@ -229,7 +229,9 @@ def model_config(hf: Mapping[str, Any], names: Iterable[str] | None = None) -> M
     for key, only in (HF_FIXED | {"num_key_value_heads": values["num_attention_heads"]}).items():
         if hf.get(key, only) != only and not (key == "num_key_value_heads" and hf[key] is None):
             raise UserError(f"config.json: {key} is {hf[key]!r}, only {only!r} is supported")
-    values["first_k_dense_replace"] = min(values["first_k_dense_replace"], values["num_hidden_layers"])  # all dense
+    dense, layers = values["first_k_dense_replace"], values["num_hidden_layers"]
+    if isinstance(dense, int) and isinstance(layers, int) and dense > layers > 0:
+        values["first_k_dense_replace"] = layers  # all dense
     depth = hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers", 1)) or 0
     values |= {"num_nextn_predict_layers": depth, "aux_loss_alpha": hf.get("aux_loss_alpha") or 0.0} | _rope(hf)
     try:

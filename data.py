@@ -28,6 +28,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from config import UserError
+from losses import IGNORE
 from sources import Documents, Manifest, Unit, read_unit
 from tokenizer import Encoder
 
@@ -38,7 +39,6 @@ CHUNK_DOCUMENTS = 64
 PREFETCH_STEPS = 4
 READERS = 8  # threads that read the units of a window
 SPLIT_SCAN_BYTES = 1 << 30  # of text; a search for held-out documents goes no further
-IGNORE = -100  # a target that is not predicted, as in torch.nn.functional.cross_entropy
 _HASH_SPACE = 1 << 64
 
 

@@ -357,9 +357,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0, 2 after a user's mistake (one line on standard error), 130 after Ctrl-C."""
     try:
         given = parse_arguments(arguments)
-        from dotenv import load_dotenv
+        from dotenv import dotenv_values
 
-        load_dotenv(".env")  # before anything of Hugging Face is imported; real variables win
+        for name, value in dotenv_values(".env").items():
+            if value:  # before anything of Hugging Face is imported; real variables win
+                os.environ.setdefault(name, value)
         run(given)
     except UserError as error:
         print("error:", safe_text(str(error)).replace("\n", " "), file=sys.stderr)

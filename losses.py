@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100  # a target that is not predicted; torch's own convention
-CHUNK_LOGITS = 2**21
+# Logits held at once: on a CPU what its caches hold (LOG.md), on a GPU enough for full-speed products (not measured).
+CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**26}
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -52,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, head_WD: Tensor, target_N: Tensor, weight_N: Tensor, *, chunk_logits: int = CHUNK_LOGITS
+    hidden_ND: Tensor, head_WD: Tensor, target_N: Tensor, weight_N: Tensor, *, chunk_logits: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted cross-entropy of `softmax(hidden @ head.T)` without full logits.
 
@@ -61,9 +62,10 @@ def linear_cross_entropy(
         target_N: int64, `IGNORE` for rows without loss. weight_N: fp32 weight of every row (no gradient); it holds the
             fp16 loss scale too, so that small gradients survive the 16-bit products.
     Returns:
-        sum of weight * nats (differentiable), nats per row, whether the most likely token is the target.
+        sum of weight * nats (differentiable), nats per row, whether no token is more likely than the target.
     """
-    rows = max(1, chunk_logits // head_WD.shape[0])
+    at_once = CHUNK_LOGITS[hidden_ND.device.type] if chunk_logits is None else chunk_logits
+    rows = max(1, at_once // head_WD.shape[0])
     with_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or head_WD.requires_grad)
     return _LinearCrossEntropy.apply(hidden_ND, head_WD, target_N, weight_N, rows, with_grad)  # type: ignore[return-value]
 
@@ -78,7 +80,7 @@ def linear_cross_entropy_reference(
 
 
 def balance_loss(scores_BTE: Tensor, expert_BTA: Tensor) -> Tensor:
-    """Sum over sequences of DeepSeek-V3's sequence-wise balance loss (Eq. 17-20), without alpha: A experts' worth of 1.
+    """Sum over sequences of DeepSeek-V3's sequence-wise balance loss (Eq. 17-20), without alpha.
 
     `f` counts the experts really chosen, with the bias (Eq. 18 reads as if without it; implementations use the choice).
     It is 1 per sequence when both load and affinities are uniform.
@@ -86,5 +88,5 @@ def balance_loss(scores_BTE: Tensor, expert_BTA: Tensor) -> Tensor:
     num_experts, (_, num_tokens, num_active) = scores_BTE.shape[-1], expert_BTA.shape
     chosen_BE = F.one_hot(expert_BTA.flatten(1), num_experts).sum(1).to(torch.float32)
     f_BE = chosen_BE * (num_experts / (num_active * num_tokens))
-    p_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
+    p_BE = (scores_BTE / (scores_BTE.sum(-1, keepdim=True) + 1e-20)).mean(1)
     return (f_BE * p_BE).sum()

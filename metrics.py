@@ -50,6 +50,9 @@ class Clock:
     """Seconds and tokens of training since the last log entry; evaluation, samples and saves do not count."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
         self.tokens, self.steps, self.train_sec, self.wait_sec = 0, 0, 0.0, 0.0
         self._start = time.perf_counter()
 
@@ -71,5 +74,5 @@ class Clock:
             "steps_per_sec": self.steps / self.train_sec,
             "data_wait_sec": self.wait_sec / self.steps,
         }
-        self.__init__()
+        self.reset()
         return rates

@@ -98,16 +98,24 @@ def rotate(x: Tensor, rope_BTR: Tensor) -> Tensor:
 
 
 class LatentCache:
-    """What MLA remembers of each token, for every layer (MTP layers last): the normed kv latent and the rotated key.
+    """What MLA remembers of each token, for every layer: the normed kv latent and the rotated key.
 
     Rows may have different lengths: entry s of a row belongs to its position s. `length` is how many positions were
     written in the longest row; entries past a row's own length are hidden by the causal mask until they are rewritten.
+    With `mtp` there is room for the MTP layers, too, after the others.
     """
 
     def __init__(
-        self, config: ModelConfig, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        mtp: bool = False,
     ):
-        self.num_layers = config.num_hidden_layers + config.num_nextn_predict_layers
+        self.num_layers = config.num_hidden_layers + mtp * config.num_nextn_predict_layers
         width = config.kv_lora_rank + config.qk_rope_head_dim
         self.latent_LBSC = torch.zeros(self.num_layers, batch, capacity, width, device=device, dtype=dtype)
         self.length = 0
@@ -342,7 +350,7 @@ class Output(NamedTuple):
     loss: Tensor  # () weighted sum
     nats: Tensor  # (1 + depth) unweighted sums of cross-entropy
     num_targets: Tensor  # (1 + depth)
-    num_correct: Tensor  # (1 + depth) targets that were the most likely token
+    num_correct: Tensor  # (1 + depth) targets no token is more likely than; 16-bit logits tie now and then
     balance: Tensor  # () sum over sequences and MoE layers, without alpha
     expert_counts: Tensor  # (MoE layers, then MTP layers; E) tokens per expert
 
@@ -413,13 +421,6 @@ class DeepSeekV3(nn.Module):
         if cache is not None:
             cache.length += tokens_BT.shape[1]
         return self.model.norm(x_BTD, self.dtype), routings
-
-    def set_compute_dtype(self, dtype: torch.dtype, *, recompute: bool = False) -> None:
-        """Change the arithmetic of the matrix products; parameters stay what they are."""
-        self.dtype, self.recompute = dtype, recompute
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.dtype = dtype
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden).float()

@@ -85,10 +85,20 @@ def _sort_pairs(expert_NA: Tensor, counts_E: Tensor, width: int | None) -> Tenso
     return rank_M.view_as(expert_NA)
 
 
-def _use_grouped_mm(x_ND: Tensor, gate_up_EGD: Tensor) -> bool:
-    """Whether `F.grouped_mm` (torch 2.10) takes these shapes: rows of 16 bytes, forward and backward."""
+def _has_grouped_product(x_ND: Tensor, gate_up_EGD: Tensor) -> bool:
+    """Whether `F.grouped_mm` (torch 2.10) takes these: fp32 and bf16, rows of whole 16 bytes, forward and backward."""
     aligned = all(size * x_ND.element_size() % 16 == 0 for size in (x_ND.shape[1], gate_up_EGD.shape[1] // 2))
     return aligned and x_ND.dtype in (torch.float32, torch.bfloat16) and hasattr(F, "grouped_mm")
+
+
+def _grouped_product(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    return F.grouped_mm(x_SD, weight_EFD.mT, offs=counts_E.cumsum(0).to(torch.int32))
+
+
+def _split_product(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    """Row s times the weight of its expert, one expert after the other."""
+    parts = zip(x_SD.split(counts_E.tolist()), weight_EFD.unbind(0), strict=True)
+    return torch.cat([F.linear(part, weight) for part, weight in parts])
 
 
 def grouped_experts(
@@ -98,7 +108,7 @@ def grouped_experts(
 
     No loop, and no token is dropped. Pairs are sorted by expert; each expert's rows are padded to the longest and
     multiplied as one batched product, the fastest form for small experts. When routing is so uneven that this would
-    double the rows, a grouped product over the unpadded rows is used instead, where torch has one for the shapes.
+    double the rows, the unpadded rows go through a grouped product, or where torch has none for them, expert by expert.
 
     Args:
         expert_NA: chosen experts, int64. weight_NA: their weights, fp32.
@@ -108,11 +118,11 @@ def grouped_experts(
     counts_E = torch.bincount(expert_NA.flatten(), minlength=num_experts)
     gate_up_EGD, down_EDF = gate_up_EGD.to(x_ND.dtype), down_EDF.to(x_ND.dtype)
     width = int(counts_E.max())
-    if num_experts * width > 2 * num_pairs + 8 * num_experts and _use_grouped_mm(x_ND, gate_up_EGD):
+    if num_experts * width > 2 * num_pairs + 8 * num_experts:
         slot_NA = _sort_pairs(expert_NA, counts_E, None)
-        ends_E = counts_E.cumsum(0).to(torch.int32)
-        gate_up_SG = F.grouped_mm(_ToSlots.apply(x_ND, slot_NA, num_pairs), gate_up_EGD.mT, offs=ends_E)
-        y_SD = F.grouped_mm(swiglu(gate_up_SG), down_EDF.mT, offs=ends_E)
+        x_SD = _ToSlots.apply(x_ND, slot_NA, num_pairs)
+        product = _grouped_product if _has_grouped_product(x_ND, gate_up_EGD) else _split_product
+        y_SD = product(swiglu(product(x_SD, gate_up_EGD, counts_E)), down_EDF, counts_E)
     else:
         slot_NA = _sort_pairs(expert_NA, counts_E, width)
         x_EWD = _ToSlots.apply(x_ND, slot_NA, num_experts * width).view(num_experts, width, -1)

@@ -21,7 +21,7 @@ from model import DeepSeekV3, moe_layers
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic of Keller Jordan's Newton-Schulz iteration
 NS_STEPS = 5
-NS_BATCH_ELEMENTS = 2**25  # matrices orthogonalised at once: 64 MiB in bf16 for each of three temporaries
+NS_BATCH_ELEMENTS = 2**25  # orthogonalised at once, unless one parameter is larger: about 0.5 GiB of temporaries
 
 
 def newton_schulz(matrix_XAB: Tensor, dtype: torch.dtype) -> Tensor:
@@ -128,9 +128,9 @@ class Optimizers:
                 group["lr"] = lr
             optimizer.step()
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, *, set_to_none: bool = True) -> None:
         for optimizer in self.all:
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=set_to_none)
 
     def state(self) -> dict[str, Tensor]:
         """`<parameter name>.<state name>` -> tensor: momentum, or exp_avg, exp_avg_sq and step."""
@@ -218,4 +218,4 @@ class LossScale:
         if not finite:
             self.value = max(self.value / 2, 1.0)
         elif self.good_steps == self.growth_interval:
-            self.value, self.good_steps = min(self.value * 2, 2.0**16), 0
+            self.value, self.good_steps = self.value * 2, 0

@@ -94,14 +94,13 @@ def pick_device(local_rank: int, *, allow_cpu: bool) -> torch.device:
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"rank {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}")
         torch.cuda.set_device(local_rank)
-        torch.set_float32_matmul_precision("high")  # TF32 on Ampere and later
         return torch.device("cuda", local_rank)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if not allow_cpu and not hidden and _has_nvidia_card():
         built = "is built for the CPU" if torch.version.cuda is None else f"(CUDA {torch.version.cuda}) cannot use it"
         raise UserError(
             f"this machine has an NVIDIA GPU, but torch {torch.__version__} {built}; install one that can: "
-            f'pip install --force-reinstall "{TORCH_RANGE}" --index-url https://download.pytorch.org/whl/cu126 '
+            f'pip install --force-reinstall "{TORCH_RANGE}" --index-url https://download.pytorch.org/whl/cu128 '
             "(or go on without the GPU: --allow-cpu)"
         )
     return torch.device("cpu")
@@ -120,9 +119,19 @@ def pick_precision(wanted: str, device: torch.device) -> str:
         return wanted if wanted != "auto" else "bf16" if native else "fp16"
     if wanted == "fp16":
         raise UserError("train.precision = fp16: on a CPU it is ten times slower than fp32; use auto, bf16 or fp32")
-    features = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11
-    native = features.get("avx512_bf16") or features.get("amx_bf16")
+    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.11
+        features = torch.cpu.get_capabilities()
+        native = features.get("avx512_bf16") or features.get("amx_bf16")
+    else:
+        native = torch.cpu._is_avx512_bf16_supported()
     return wanted if wanted != "auto" else "bf16" if native else "fp32"
+
+
+def set_arithmetic(precision: str, device: torch.device) -> None:
+    """TF32 for fp32 runs on Ampere and later; in 16-bit runs the router's products stay exact, fp16's sums in fp32."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if precision == "fp32" else "highest")
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def parallelize(model: nn.Module, mesh: Mesh) -> nn.Module:
@@ -153,7 +162,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     size = 4096 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(8):
+    for _ in range(20):
         start = time.perf_counter()
         torch.mm(a, b)[0, 0].item()
         best = min(best, time.perf_counter() - start)

@@ -13,9 +13,9 @@ from optim import uses_muon
 from tracker import duration
 
 
-def meta_model(config: ModelConfig) -> DeepSeekV3:
+def meta_model(config: ModelConfig, dtype: torch.dtype = torch.float32, *, recompute: bool = False) -> DeepSeekV3:
     with torch.device("meta"):
-        return DeepSeekV3(config)
+        return DeepSeekV3(config, dtype, recompute=recompute)
 
 
 def num_steps(config: Config, counts: Counts) -> int:
@@ -47,10 +47,14 @@ def memory_gib(config: Config, model: DeepSeekV3, *, compute_bytes: int) -> dict
     experts = cfg.num_experts_per_tok * (2 * cfg.hidden_size + 5 * cfg.moe_intermediate_size)
     shared = 5 * cfg.n_shared_experts * cfg.moe_intermediate_size
     block = compute_bytes * (heads + latents + experts + shared + 4 * cfg.hidden_size) + 4 * 4 * cfg.hidden_size
+    if config.train.recompute:  # one block at a time
+        sizes["weights cast for products"] //= layers
     kept = 4 * cfg.hidden_size * layers + block if config.train.recompute else block * layers
     heads_state = (1 + cfg.num_nextn_predict_layers) * compute_bytes * 2 * cfg.hidden_size
     sizes["activations"] = tokens * (kept + heads_state)
-    sizes["logits and head gradient"] = (4 + 2 * compute_bytes) * CHUNK_LOGITS + 4 * cfg.vocab_size * cfg.hidden_size
+    sizes["logits and head gradient"] = (4 + 2 * compute_bytes) * CHUNK_LOGITS[
+        "cuda"
+    ] + 4 * cfg.vocab_size * cfg.hidden_size
     return {part: size / 2**30 for part, size in sizes.items()}
 
 

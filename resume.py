@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SCHEMA = 1
+MAY_DIFFER = {  # from the model of train.init_from: what no tensor's shape or meaning depends on, and context extension
+    "num_nextn_predict_layers", "initializer_range", "aux_loss_alpha", "max_position_embeddings", "rope_scaling",
+}  # fmt: skip
 STATE_FILE = "training_state.json"
 RUN_FILES = {"config.yaml", "metrics.jsonl", "samples.md", "checkpoints", "metrics.tmp", "samples.tmp"}
 # What may change on resume: it decides how long, how visibly and how comfortably a run goes on, not what it learns.
@@ -88,15 +91,14 @@ def _unplaced(name: str) -> str:
 def pick(run_dir: Path, wanted: str) -> Path | None:
     """The checkpoint to go on from: the newest intact one (`auto`), none (`never`) or the one given.
 
-    `never` moves an earlier run of this name aside; nothing is lost.
+    Nothing is changed; `move_aside` comes later, when everything else has worked.
     """
     checkpoints = run_dir / "checkpoints"
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run.dir = {str(run_dir)!r} is a file; give the name of a folder")
-    newest = checkpoint.latest(checkpoints)
     if wanted == "never":
-        move_aside(run_dir)
         return None
+    newest = checkpoint.latest(checkpoints)
     if wanted == "auto":
         found = [path.name for path in checkpoints.iterdir()] if newest is None and checkpoints.is_dir() else []
         damaged = [name for name in found if checkpoint.STEP.fullmatch(name)]
@@ -130,24 +132,26 @@ def move_aside(run_dir: Path) -> None:
         os.rename(place, place.with_name(f"{place.name}.{number}"))
 
 
-def check(saved: TrainState, config: Config, *, sources: str, tokenizer: str, precision: str) -> None:
+def check_config(saved: TrainState, config: Config, precision: str) -> None:
     """Raise UserError naming the first key that must not change and has, with both values."""
     before, now = _flat(saved.config), _flat(learned(config))
     for key in sorted(before.keys() | now.keys()):
         resolved = key in ("data.sources", "train.precision")  # compared by what they come to
         if not resolved and before.get(key) != now.get(key):
             raise _mismatch(key, before.get(key), now.get(key))
+    if config.train.precision != "auto" and saved.precision != precision:
+        raise _mismatch("train.precision", saved.precision, precision)
+
+
+def check_content(saved: TrainState, config: Config, *, sources: str, tokenizer: str) -> None:
+    """Raise UserError where documents or tokenizer, by their fingerprints, are not those of the checkpoint."""
     if saved.sources != sources:
         old, new = saved.config["data"]["sources"], learned(config)["data"]["sources"]
         if old == new:
             raise UserError("data.sources: the documents are not those the checkpoint was trained on; " + _REMEDY)
         raise _mismatch("data.sources", old, new)
     if saved.tokenizer != tokenizer:
-        raise UserError(
-            f"data.tokenizer: {config.data.tokenizer!r} is not the checkpoint's tokenizer any more; " + _REMEDY
-        )
-    if config.train.precision != "auto" and saved.precision != precision:
-        raise _mismatch("train.precision", saved.precision, precision)
+        raise UserError(f"data.tokenizer: {config.data.tokenizer!r} is not the checkpoint's tokenizer; " + _REMEDY)
 
 
 _REMEDY = "set it back, or start another run: run.name=..."
@@ -161,14 +165,18 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
 
 
+def tokenizer_folder(init_from: str | None) -> Path | None:
+    """The directory of the initial weights, where it holds a tokenizer."""
+    folder = checkpoint.find(init_from) if init_from is not None else None
+    return folder if folder is not None and (folder / "tokenizer.json").exists() else None
+
+
 def load_initial_weights(model: DeepSeekV3, config: Config) -> None:
     """`train.init_from`: weights of the same architecture; MTP layers it lacks keep their random start."""
     path = str(config.train.init_from)
     theirs, weights = convert.load(checkpoint.find(path))
     for key in type(config.model).model_fields:
-        if key in ("num_nextn_predict_layers", "initializer_range", "aux_loss_alpha", "max_position_embeddings"):
-            continue
-        if getattr(theirs, key) != getattr(config.model, key):
+        if key not in MAY_DIFFER and getattr(theirs, key) != getattr(config.model, key):
             raise UserError(
                 f"model.{key} = {getattr(config.model, key)!r}, but train.init_from={path} has {getattr(theirs, key)!r}"
             )
@@ -186,10 +194,6 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 
 def restore_rng(seed: int, start: Path | None, device: torch.device) -> None:
     """torch's global generators as they were after the checkpoint's step. The loop itself draws nothing from them."""
-    import torch
-
-    import checkpoint
-
     torch.manual_seed(seed)
     if start is not None:
         states = checkpoint.load(start, "rng")

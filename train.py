@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.metadata
+import io
 import math
 import os
 import signal
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerFast
 
-    from data import Batch, Validation
+    from data import Batch, Loader, Validation
     from metrics import Clock
     from model import Counts, DeepSeekV3
     from optim import LossScale, Optimizers
@@ -80,11 +82,12 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
     nothing = LossWeights(0.0, (0.0,) * depth, 0.0)
     most = -(-rows // mesh.world_size)
     parts = micro_batches(len(batch.tokens), -(-most // config.train.micro_batch))
-    run.optimizers.zero_grad()
+    alone = run.replica is run.model  # DDP's buckets are the gradients: dropping them would make every one twice
+    run.optimizers.zero_grad(set_to_none=alone)
     sums: Tensor | None = None
     for number, part in enumerate(parts):
         if mesh.any(run.stop.requested):
-            run.optimizers.zero_grad()
+            run.optimizers.zero_grad(set_to_none=alone)
             return None
         # With more turns than rows (one row at a time, dealt unevenly) a rank idles on its first row, weighing nothing:
         # DDP has collectives in forward, too, so all ranks must make the same calls.
@@ -101,7 +104,7 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
     assert sums is not None
     mesh.sum(sums)
     grad_norm = clip_gradients(run.model.parameters(), config.train.grad_clip, run.scale.value).item()
-    finite = math.isfinite(grad_norm) and bool(sums.isfinite().all())
+    finite = not mesh.any(not (math.isfinite(grad_norm) and bool(sums.isfinite().all())))
     lr = lr_at(step, run.steps, config.optim)
     counts_LE = sums[2 * (1 + depth) + 1 :].view(-1, config.model.n_routed_experts)
     if finite:  # branch, never multiply: nothing that is not finite reaches a state
@@ -169,8 +172,9 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False)
                 f"{config.data.seq_len}: too few for {mesh.world_size} ranks"
             )
         precision = parallel.pick_precision(config.train.precision, mesh.device)
+        parallel.set_arithmetic(precision, mesh.device)
         dtype = parallel.DTYPES[precision]
-        model = plan.meta_model(config.model)
+        model = plan.meta_model(config.model, dtype, recompute=config.train.recompute)
         counts = count_parameters(model)
         steps = plan.num_steps(config, counts)
         flops = flops_per_token(config.model, counts, config.data.seq_len)
@@ -180,17 +184,18 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False)
 
         start = mesh.from_main(on_main(mesh, lambda: resume.pick(run_dir, resume_from)))
         state = resume.TrainState.read(start) if start is not None else None
+        if state is not None:
+            resume.check_config(state, config, precision)
         if state is not None and state.step >= steps:
             return say_finished(config, state.step, start) if mesh.is_main else 0
         manifest, threshold, tokenizer, held_out = mesh.from_main(on_main(mesh, lambda: open_data(config, start)))
         fingerprint = tokenizers.fingerprint(tokenizer)
         if state is not None:
-            resume.check(state, config, sources=manifest.fingerprint, tokenizer=fingerprint, precision=precision)
+            resume.check_content(state, config, sources=manifest.fingerprint, tokenizer=fingerprint)
             state.config, state.precision = resume.learned(config), precision
         else:
             state = resume.TrainState(resume.learned(config), manifest.fingerprint, fingerprint, precision)
 
-        model.set_compute_dtype(dtype, recompute=config.train.recompute)
         model.to_empty(device=mesh.device)
         init_weights(model, config.train.seed)
         ns_dtype = parallel.DTYPES["bf16" if precision == "bf16" else "fp32"]
@@ -201,11 +206,10 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False)
         if start is not None:
             model.load_state_dict(convert.load(start)[1])
             optimizers.load(checkpoint.load(start, "optimizer"))
-            scale = LossScale(**state.loss_scale) if precision == "fp16" and state.loss_scale else scale
+            scale = LossScale(**state.loss_scale) if scale.dynamic and state.loss_scale else scale
         elif config.train.init_from is not None:
             resume.load_initial_weights(model, config)
-        if mesh.is_main:
-            make_folder(run_dir)
+        mesh.from_main(on_main(mesh, lambda: make_folder(run_dir, afresh=resume_from == "never")))
         tracker = Tracker(run_dir if mesh.is_main else None, total_steps=steps, first_step=state.step)
         run = Run(config, mesh, model, parallel.parallelize(model, mesh), optimizers, scale, steps, stop, tracker)
         if mesh.is_main:
@@ -223,14 +227,19 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False)
         clock = Clock()
         try:
             while state.step < steps:
-                batch = clock.wait_for(loader)
+                batch = next_batch(clock, loader)
+                if mesh.any(isinstance(batch, UserError)):  # the data are gone; what was learned is not
+                    if saved < state.step:
+                        save(run, state, tokenizer)
+                    raise batch if isinstance(batch, UserError) else UserError("another rank could not read its data")
                 metrics = train_step(run, state.step, batch)
                 if metrics is None:
                     break
                 clock.step_done(config.train.batch_tokens)
                 state.step += 1
                 state.tokens += config.train.batch_tokens
-                state.cursor, state.loss_scale = batch.cursor.to_dict(), asdict(scale)
+                state.cursor = batch.cursor.to_dict()
+                state.loss_scale = asdict(scale) if scale.dynamic else {}
                 bad_in_a_row = bad_in_a_row + 1 if metrics["skipped"] else 0
                 state.skipped_steps += metrics["skipped"]
                 if bad_in_a_row >= DIVERGED_AFTER:
@@ -248,17 +257,13 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False)
                     )  # fmt: skip
                 if scores or last or state.step % config.log.every_steps == 0:
                     tracker.log(state.step, log_entry(run, state, batch, metrics, clock, flops / peak) | scores)
-                if last or state.step % config.sample.every_steps == 0:
-                    write_samples(run, tokenizer, state.step)
                 if last or state.step % config.checkpoint.every_steps == 0:
                     save(run, state, tokenizer)
                     saved = state.step
+                if last or state.step % config.sample.every_steps == 0:
+                    write_samples(run, tokenizer, state.step)
             if saved < state.step:
                 save(run, state, tokenizer)
-        except UserError:  # the data are gone; what was learned is not
-            if saved < state.step and mesh.world_size == 1:
-                save(run, state, tokenizer)
-            raise
         finally:
             loader.close()
         if state.step < steps:
@@ -299,6 +304,14 @@ def log_entry(
 # ------------------------------------------------------------------------------------------------- the start of a run
 
 
+def next_batch(clock: Clock, loader: Loader) -> Any:
+    """The next batch, or the UserError in its place: all ranks must hear of it before one leaves."""
+    try:
+        return clock.wait_for(loader)
+    except UserError as error:
+        return error
+
+
 def on_main(mesh: Mesh, make: Callable[[], Any]) -> Any:
     """On rank 0 what `make` returns, or the UserError it raises, for `Mesh.from_main` to pass on."""
     if not mesh.is_main:
@@ -318,15 +331,23 @@ def open_data(config: Config, start: Path | None) -> tuple[Manifest, int, PreTra
     """The documents, the hash below which they are held out, the tokenizer (the checkpoint's, a named one or a new BPE)
     and the held-out rows."""
     import data
+    import resume
     import sources
     import tokenizer as tokenizers
 
+    # The embeddings of initial weights mean the tokens of their tokenizer.
+    origin = resume.tokenizer_folder(config.train.init_from) if start is None else start
     if config.data.tokenizer != "bpe" and start is None:
         tokenizer = tokenizers.load(config.data.tokenizer)  # first: it fails sooner than the sources
+        theirs = tokenizers.load(str(origin)) if origin is not None else tokenizer
+        if tokenizers.fingerprint(theirs) != tokenizers.fingerprint(tokenizer):
+            raise UserError(
+                f"data.tokenizer = {config.data.tokenizer!r} is not the tokenizer of train.init_from={origin}"
+            )
     manifest = sources.resolve(config.data.sources)
     threshold = data.split_threshold(manifest, config.data.val_fraction)
-    if start is not None:
-        tokenizer = tokenizers.load(str(start))
+    if origin is not None:
+        tokenizer = tokenizers.load(str(origin))
     elif config.data.tokenizer == "bpe":
         print(f"training a byte-level BPE of {config.model.vocab_size} tokens on the sources", flush=True)
         tokenizer = tokenizers.train_bpe(data.training_texts(manifest, threshold), config.model.vocab_size)
@@ -342,8 +363,13 @@ def open_data(config: Config, start: Path | None) -> tuple[Manifest, int, PreTra
     return manifest, threshold, tokenizer, held_out
 
 
-def make_folder(run_dir: Path) -> None:
+def make_folder(run_dir: Path, *, afresh: bool) -> None:
+    """The run's folder, writable; `afresh` first moves an earlier run aside. Everything else has worked by now."""
+    import resume
+
     try:
+        if afresh:
+            resume.move_aside(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").touch()
     except OSError as error:
@@ -371,7 +397,7 @@ def announce(
     note(f"{config.run.name}: {total / 1e6:,.1f}M parameters with MTP, {active / 1e6:,.1f}M active per token")
     note(f"{hardware}, {run.mesh.world_size} rank(s); {run.steps:,} steps of {config.train.batch_tokens:,} tokens")
     latent = LatentCache(model, 1, 1, device="meta", dtype=run.model.dtype)
-    plain = latent.num_layers * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
+    plain = model.num_hidden_layers * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
     plain *= latent.latent_LBSC.element_size()
     ratio = plain / latent.bytes_per_token
     note(f"KV cache {latent.bytes_per_token:,} bytes per token, {ratio:.1f} times less than plain attention's")
@@ -482,12 +508,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def prepare_environment() -> None:
     """Before torch and Hugging Face libraries are imported: `.env`, waiting threads, the C allocator."""
-    from dotenv import load_dotenv
+    from dotenv import dotenv_values
 
-    load_dotenv(".env")  # real variables win
+    for name, value in dotenv_values(".env").items():
+        if value:  # an empty HF_HOME would put the cache into this folder
+            os.environ.setdefault(name, value)  # real variables win
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    old, new = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"  # the new name works from torch 2.11 on
+    if old not in os.environ and new not in os.environ:
+        release = tuple(int(part) for part in importlib.metadata.version("torch").split(".")[:2])
+        os.environ[new if release >= (2, 11) else old] = "expandable_segments:True"
     if sys.platform == "linux":
         # Keep freed activations: giving them back page by page costs a CPU run a tenth of its time (LOG.md).
         libc = ctypes.CDLL(None)
@@ -498,6 +529,9 @@ def prepare_environment() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(sys.argv[1:] if arguments is None else arguments)
     try:
+        for stream in (sys.stdout, sys.stderr):  # a sample may hold what the console's encoding lacks
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         config = configuration.load(args.config, args.overrides)
         prepare_environment()
         if args.dry_run:

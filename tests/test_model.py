@@ -263,7 +263,7 @@ def test_mtp_runs_with_a_cache() -> None:
     with torch.no_grad():
         hidden, _ = model.hidden(tokens)
         full, _ = model.mtp[0](hidden[:, :-1], tokens[:, 1:])
-        cache = LatentCache(cfg, 2, 12, device="cpu", dtype=torch.float32)
+        cache = LatentCache(cfg, 2, 12, device="cpu", dtype=torch.float32, mtp=True)
         positions = arange_positions(tokens[:, 1:])
         first, _ = model.mtp[0](hidden[:, :5], tokens[:, 1:6], positions[:, :5], cache)
         cache.length = 5
@@ -368,4 +368,4 @@ def test_mini_counts_and_flops() -> None:
 def test_cache_bytes_per_token() -> None:
     mini = config_module.load("mini", []).model
     cache = LatentCache(mini, 1, 1, device="meta", dtype=torch.bfloat16)
-    assert cache.bytes_per_token == 13 * 640  # 12 layers and one MTP layer of (256 + 64) bf16
+    assert cache.bytes_per_token == 12 * 640  # 12 layers of (256 + 64) bf16

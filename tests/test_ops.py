@@ -80,7 +80,7 @@ def test_experts_equal_the_loop(name: str, routing: str, dtype: torch.dtype) -> 
 
 
 def test_uneven_routing_takes_the_grouped_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padding to the longest expert would be 16 times the rows here; where torch has no grouped product, it is paid."""
+    """Padding would make 16 times the rows here; without a grouped product each expert's rows go alone."""
     used = []
     if hasattr(torch.nn.functional, "grouped_mm"):
         real = torch.nn.functional.grouped_mm
@@ -91,5 +91,5 @@ def test_uneven_routing_takes_the_grouped_product(monkeypatch: pytest.MonkeyPatc
     expected = ops.grouped_experts_reference(x, chosen, weight, gate_up, down)[0]
     torch.testing.assert_close(ops.grouped_experts(x, chosen, weight, gate_up, down)[0], expected, atol=1e-4, rtol=1e-4)
     assert len(used) == (2 if hasattr(torch.nn.functional, "grouped_mm") else 0)
-    monkeypatch.setattr(ops, "_use_grouped_mm", lambda *_: False)
+    monkeypatch.setattr(ops, "_has_grouped_product", lambda *_: False)
     torch.testing.assert_close(ops.grouped_experts(x, chosen, weight, gate_up, down)[0], expected, atol=1e-4, rtol=1e-4)

@@ -178,13 +178,21 @@ def full_precision() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
 
 
-def test_a_rank_takes_its_own_card(full_precision: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_for_fp32_runs(full_precision: None) -> None:
+    """In 16-bit runs the router's fp32 products stay exact."""
+    for precision, products in (("fp32", "high"), ("bf16", "highest"), ("fp16", "highest")):
+        parallel.set_arithmetic(precision, GPU)
+        assert torch.get_float32_matmul_precision() == products
+    parallel.set_arithmetic("fp32", CPU)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_rank_takes_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert pick_device(1, allow_cpu=False) == torch.device("cuda", 1) and chosen == [1]
-    assert torch.get_float32_matmul_precision() == "high"  # TF32 on Ampere and later; without effect before
     with pytest.raises(UserError, match="rank 2 of this machine has no GPU: it has 2"):
         pick_device(2, allow_cpu=True)
     assert chosen == [1]
@@ -212,7 +220,9 @@ def test_precision_on_a_cpu(features: dict[str, bool], auto: str, monkeypatch: p
 def test_precision_where_torch_does_not_tell_the_cpu_s_features(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch 2.9 and 2.10."""
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert pick_precision("auto", CPU) == "fp32" and pick_precision("bf16", CPU) == "bf16"
+    for native, auto in ((False, "fp32"), (True, "bf16")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native, raising=False)
+        assert pick_precision("auto", CPU) == auto and pick_precision("bf16", CPU) == "bf16"
 
 
 @pytest.mark.parametrize(("native", "auto"), [(True, "bf16"), (False, "fp16")])

@@ -12,7 +12,7 @@ import torch
 import checkpoint
 import resume
 from config import Config, UserError
-from resume import STATE_FILE, TrainState, check, learned, pick
+from resume import STATE_FILE, TrainState, check_config, check_content, learned, move_aside, pick
 
 CONFIG = Config()
 STATE = TrainState(
@@ -111,7 +111,8 @@ def test_torch_s_generators_go_on_where_they_were(tmp_path: Path) -> None:
 
 
 def fits(config: Config, *, sources: str = "documents", tokenizer: str = "tokens", precision: str = "bf16") -> None:
-    check(STATE, config, sources=sources, tokenizer=tokenizer, precision=precision)
+    check_config(STATE, config, precision)
+    check_content(STATE, config, sources=sources, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -194,11 +195,13 @@ def test_auto_takes_the_newest_intact_one(tmp_path: Path) -> None:
 def test_never_moves_every_earlier_run_aside(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         make(tmp_path / "run", number)
-        assert pick(tmp_path / "run", "never") is None
+        assert pick(tmp_path / "run", "never") is None and (tmp_path / "run").exists()
+        move_aside(tmp_path / "run")
         assert not (tmp_path / "run").exists()
         assert [path.name for path in (tmp_path / f"run.{number}" / "checkpoints").iterdir()] == [f"step_{number:08d}"]
     (tmp_path / "run").mkdir()
-    assert pick(tmp_path / "run", "never") is None and not (tmp_path / "run.4").exists()  # an empty folder is no run
+    move_aside(tmp_path / "run")
+    assert not (tmp_path / "run.4").exists()  # an empty folder is no run
 
 
 def test_a_path_is_a_checkpoint_a_run_or_a_model(tmp_path: Path) -> None:
@@ -254,7 +257,7 @@ def test_only_a_run_is_moved_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(UserError, match=r"thesis\.tex"):
-        pick(Path(), "never")
+        move_aside(Path())
     assert (tmp_path / "thesis.tex").exists()
 
 
@@ -264,7 +267,7 @@ def test_a_section_that_appears_is_named_as_a_whole() -> None:
     values["model"]["rope_scaling"] = {"factor": 4.0}
     saved = TrainState(learned(before), "a", "b", "fp32")
     with pytest.raises(UserError, match=r"^model\.rope_scaling: .*None.*4\.0"):
-        check(saved, Config(**values), sources="a", tokenizer="b", precision="fp32")
+        check_config(saved, Config(**values), "fp32")
 
 
 def test_a_state_of_wrong_types(tmp_path: Path) -> None:

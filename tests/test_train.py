@@ -254,6 +254,47 @@ def test_what_may_change(tiny, tmp_path: Path, text: Path) -> None:
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000004"]
 
 
+def test_a_finished_run_still_tells_what_must_not_change(
+    tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tiny("run", "train.steps=2") == 0
+    assert tiny("run", "train.steps=2", "optim.lr=1e-4") == 2
+    assert "optim.lr" in capsys.readouterr().err
+
+
+def test_a_start_afresh_that_fails_moves_nothing(tiny, tmp_path: Path) -> None:
+    assert tiny("run", "train.steps=2") == 0
+    before = hashes(tmp_path / "run")
+    assert tiny("run", "--resume", "never", "data.sources=nowhere.txt") == 2
+    assert hashes(tmp_path / "run") == before and not (tmp_path / "run.1").exists()
+
+
+def test_the_data_going_away_saves_what_was_learned(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    real = train.next_batch
+
+    def gone(clock, loader):
+        batch = real(clock, loader)
+        return train.UserError("the Hub is gone") if batch.cursor.to_dict()["offset"] > 1500 else batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "next_batch", gone)
+        assert tiny("run") == 2
+    assert "the Hub is gone" in capsys.readouterr().err
+    assert newest(tmp_path / "run").name == f"step_{len(metrics(tmp_path / 'run')):08d}" != "step_00000020"
+
+
+def test_a_precision_that_follows_the_card(tiny, tmp_path: Path) -> None:
+    """bf16, then fp16 with a loss scale of its own, bf16 again: `auto` on changing cards."""
+    import parallel
+
+    for name, step in (("bf16", 3), ("fp16", 6), ("bf16", 9), ("fp16", 12)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parallel, "pick_precision", lambda *_, name=name: name)
+            stop_after(tiny, "run", step, "train.precision=auto")
+    scales = [line["loss_scale"] for line in metrics(tmp_path / "run")]
+    assert scales == [1.0] * 3 + [2.0**13] * 3 + [1.0] * 3 + [2.0**13] * 3
+
+
 def test_resume_never_and_from_a_path(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tiny("run", "train.steps=20") == 0
     old = hashes(tmp_path / "run")
@@ -289,6 +330,8 @@ def test_init_from_takes_weights_only(tiny, tmp_path: Path, capsys: pytest.Captu
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=2e-3 if "bias" in name else 1e-6, rtol=0)
     assert metrics(tmp_path / "second")[0]["loss"] < metrics(tmp_path / "first")[0]["loss"] - 0.5
+    tokenizers = [(newest(tmp_path / name) / "tokenizer.json").read_bytes() for name in ("first", "second")]
+    assert tokenizers[0] == tokenizers[1]  # the embeddings mean its tokens
     capsys.readouterr()
     assert tiny("third", f"train.init_from={tmp_path / 'first'}", "model.hidden_size=48") == 2
     assert "model.hidden_size" in capsys.readouterr().err
