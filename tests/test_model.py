@@ -48,6 +48,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wide values": {"qk_nope_head_dim": 5, "qk_rope_head_dim": 6, "v_head_dim": 24},
     "narrow values": {"qk_nope_head_dim": 20, "qk_rope_head_dim": 10, "v_head_dim": 7},
     "odd sizes": {"hidden_size": 37, "moe_intermediate_size": 11, "kv_lora_rank": 9, "n_routed_experts": 5},
+    "one head, odd offsets": {"num_attention_heads": 1, "qk_nope_head_dim": 5, "q_lora_rank": 7, "kv_lora_rank": 9},
+    "width one": {"qk_nope_head_dim": 1, "qk_rope_head_dim": 2, "v_head_dim": 1, "kv_lora_rank": 1, "q_lora_rank": 1},
     "raw weights": {"norm_topk_prob": False, "routed_scaling_factor": 1.7},
     "one expert": {"n_routed_experts": 2, "num_experts_per_tok": 1},
 }
