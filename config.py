@@ -78,7 +78,7 @@ class ModelConfig(Section):
     max_position_embeddings: int = Field(
         default=4096, ge=1, description="longest context the checkpoint promises, tokens"
     )
-    rope_theta: float = Field(default=10000.0, gt=0, description="base of the rotary frequencies")
+    rope_theta: float = Field(default=10000.0, gt=1, description="base of the rotary frequencies")
     rope_scaling: YarnConfig | None = Field(default=None, description="YaRN context extension; null: none")
     initializer_range: float = Field(default=0.006, gt=0, description="standard deviation of the initial weights")
     aux_loss_alpha: float = Field(default=0.0001, ge=0, description="weight of the sequence-wise balance loss")
@@ -165,7 +165,9 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """Length, batch, arithmetic and loss weights."""
 
-    steps: int | None = Field(default=None, ge=1, description="optimizer steps; null: from tokens_per_active_param")
+    steps: int | None = Field(
+        default=None, ge=1, lt=10**8, description="optimizer steps; null: from tokens_per_active_param"
+    )
     tokens_per_active_param: float = Field(
         default=20, gt=0, description="training tokens per active parameter (with head)"
     )

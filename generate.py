@@ -359,7 +359,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = parse_arguments(arguments)
         from dotenv import dotenv_values
 
-        for name, value in dotenv_values(".env").items():
+        try:
+            values = dotenv_values(".env")
+        except ValueError:
+            raise UserError(".env: no UTF-8 text") from None
+        for name, value in values.items():
             if value:  # before anything of Hugging Face is imported; real variables win
                 os.environ.setdefault(name, value)
         run(given)

@@ -62,7 +62,7 @@ class RotaryEmbedding:
             return freq
         low = max(math.floor(self._turning_dim(self.yarn.beta_fast, self.yarn)), 0)
         high = min(math.ceil(self._turning_dim(self.yarn.beta_slow, self.yarn)), self.width - 1)
-        ramp = (torch.arange(self.width // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)
+        ramp = (torch.arange(self.width // 2, dtype=torch.float32) - low) / ((high - low) or 1e-3)  # as transformers
         keep = 1 - ramp.clamp(0, 1)
         return freq / self.yarn.factor * (1 - keep) + freq * keep
 

@@ -183,7 +183,7 @@ def lr_at(step: int, steps: int, config: OptimConfig) -> float:
         fall = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     else:
         decay = max(1, round(config.decay * steps))
-        fall = min(1.0, (steps - step) / decay) if config.decay > 0 else 1.0
+        fall = min(1.0, (steps - 1 - step) / decay) if config.decay > 0 else 1.0
     return config.lr * (config.min_lr + (1 - config.min_lr) * fall)
 
 

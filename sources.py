@@ -7,6 +7,7 @@ the reader moves both ends on to the next cut, so that no text is parsed to be l
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import functools
 import glob
@@ -14,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,11 +142,23 @@ def _resolve_local(source: SourceConfig, files: list[Path]) -> tuple[list[Unit],
         elif file.suffix == ".jsonl":
             _check_jsonl(file, source.text_field)
             units += _ranges("jsonl", str(file), size, source.text_field)
-        elif lone_txt:
-            units += _ranges("blocks", str(file), size, "")
-        elif size:
-            units.append(Unit("file", str(file), 0, size, size, ""))
+        else:
+            _check_utf8(file)
+            if lone_txt:
+                units += _ranges("blocks", str(file), size, "")
+            elif size:
+                units.append(Unit("file", str(file), 0, size, size, ""))
     return units, identity
+
+
+def _check_utf8(file: Path) -> None:
+    """Refuse what is no UTF-8 text at its start; a bad byte further on is replaced."""
+    with file.open("rb") as stream:
+        start = stream.read(1 << 20)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.sources: {file}: no UTF-8 text (byte {error.start}); convert it first") from None
 
 
 def _check_jsonl(file: Path, text_field: str) -> None:
@@ -213,7 +226,11 @@ def _read(unit: Unit) -> Documents:
         if unit.kind == "jsonl":
             texts, skipped = _parse_jsonl(data, unit.text_field)
         else:
-            text = data.decode("utf-8-sig" if unit.start == 0 else "utf-8", errors="replace").replace("\r\n", "\n")
+            text = (
+                data.decode("utf-8-sig" if unit.start == 0 else "utf-8", errors="replace")
+                .replace("\r\n", "\n")
+                .replace("\r", "\n")
+            )
             texts, skipped = ([text] if unit.kind == "file" else list(_pack_blocks(text))), 0
     return Documents([text for text in texts if text and not text.isspace()], skipped)
 
@@ -312,11 +329,22 @@ def _parse_jsonl(data: bytes, text_field: str) -> tuple[list[str], int]:
     return texts, skipped
 
 
+def _cut_long(lines: Iterable[str]) -> Iterator[str]:
+    """Lines without end (a book in one line) in pieces of at most BLOCK_DOCUMENT_BYTES characters, cut at a space."""
+    for line in lines:
+        while len(line) > 8 * BLOCK_DOCUMENT_BYTES:
+            cut = line.rfind(" ", 1, BLOCK_DOCUMENT_BYTES) + 1 or BLOCK_DOCUMENT_BYTES
+            yield line[:cut]
+            yield ""  # a document may end here
+            line = line[cut:]
+        yield line
+
+
 def _pack_blocks(text: str) -> Iterator[str]:
     """Documents of at least BLOCK_DOCUMENT_BYTES that end at blank lines, or at a line end once 8 times as long."""
     lines: list[str] = []
     length = 0
-    for line in text.split("\n"):
+    for line in _cut_long(text.split("\n")):
         if length >= BLOCK_DOCUMENT_BYTES and (not line.strip() or length >= 8 * BLOCK_DOCUMENT_BYTES):
             yield "\n".join(lines).strip("\n")
             lines, length = [], 0

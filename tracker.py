@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -58,7 +59,7 @@ class Tracker:
         if not self.live:
             print(line, file=self.out, flush=True)
             return
-        line = line[: max(20, os.get_terminal_size(self.out.fileno()).columns - 1)]
+        line = line[: shutil.get_terminal_size().columns - 1]
         print("\r" + line.ljust(self.width), end="", file=self.out, flush=True)
         self.width = len(line)
 

@@ -251,17 +251,14 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False)
                 scores = {}
                 if last or state.step % config.eval.every_steps == 0:
                     tracker.progress(state.step, "evaluating")
-                    scores = evals.evaluate(
-                        model, held_out, rows=config.train.micro_batch, mesh=mesh,
-                        stopped=lambda: mesh.any(stop.requested),
-                    )  # fmt: skip
+                    scores = evals.evaluate(model, held_out, rows=config.train.micro_batch, mesh=mesh)
                 if scores or last or state.step % config.log.every_steps == 0:
                     tracker.log(state.step, log_entry(run, state, batch, metrics, clock, flops / peak) | scores)
+                if last or state.step % config.sample.every_steps == 0:
+                    write_samples(run, tokenizer, state.step)
                 if last or state.step % config.checkpoint.every_steps == 0:
                     save(run, state, tokenizer)
                     saved = state.step
-                if last or state.step % config.sample.every_steps == 0:
-                    write_samples(run, tokenizer, state.step)
             if saved < state.step:
                 save(run, state, tokenizer)
         finally:
@@ -448,7 +445,7 @@ def write_samples(run: Run, tokenizer: PreTrainedTokenizerFast, step: int) -> No
             temperature=sample.temperature, top_k=sample.top_k, seed=run.config.train.seed, eos_ids=(end,),
             vocab_limit=len(tokenizer),
         )  # fmt: skip
-    except UserError as error:  # a model with infinite logits cannot be sampled from; training decides by itself
+    except Exception as error:  # noqa: BLE001  # whatever it is, a sample is not worth a run
         run.tracker.note(f"no samples: {error}")
         return
     shown = [generate.safe_text(str(tokenizer.decode(text))) for text in texts]
@@ -507,13 +504,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def prepare_environment() -> None:
-    """Before torch and Hugging Face libraries are imported: `.env`, waiting threads, the C allocator."""
+    """Before torch and Hugging Face libraries are imported: `.env`, GPU and C allocators."""
     from dotenv import dotenv_values
 
-    for name, value in dotenv_values(".env").items():
+    try:
+        values = dotenv_values(".env")
+    except ValueError:
+        raise UserError(".env: no UTF-8 text") from None
+    for name, value in values.items():
         if value:  # an empty HF_HOME would put the cache into this folder
             os.environ.setdefault(name, value)  # real variables win
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     old, new = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"  # the new name works from torch 2.11 on
     if old not in os.environ and new not in os.environ:
@@ -544,6 +544,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before training listens to signals: nothing to save yet
+        return 130
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,10 +53,6 @@ def held_out(tok: Any, tmp_path_factory: pytest.TempPathFactory) -> Validation:
     return found
 
 
-def never() -> bool:
-    return False
-
-
 def test_loss_and_bits_per_byte_of_the_documents(model: DeepSeekV3, tok: Any, held_out: Validation) -> None:
     """From the text, without rows, padding or the chunked head: the first EOS is context, all after it is predicted."""
     stream = [tok.eos_token_id]
@@ -75,7 +70,7 @@ def test_loss_and_bits_per_byte_of_the_documents(model: DeepSeekV3, tok: Any, he
     num_bytes = sum(len(text.encode("utf-8")) for text in DOCUMENTS)
     assert num_bytes > sum(map(len, DOCUMENTS))  # bytes are not characters here
 
-    scores = evaluate(model, held_out, rows=2, mesh=ALONE, stopped=never)
+    scores = evaluate(model, held_out, rows=2, mesh=ALONE)
     expected = {"val_loss": nats / predicted, "val_bpb": nats / math.log(2) / num_bytes}
     assert scores == pytest.approx(expected, rel=1e-5)
 
@@ -95,8 +90,8 @@ def test_rows_at_a_time_change_nothing(model: DeepSeekV3, held_out: Validation) 
     counting = counted(model, seen)
 
     count = len(held_out.tokens)
-    whole = evaluate(model, held_out, rows=1000, mesh=ALONE, stopped=never)
-    by_rows = evaluate(counting, held_out, rows=3, mesh=ALONE, stopped=never)  # type: ignore[arg-type]
+    whole = evaluate(model, held_out, rows=1000, mesh=ALONE)
+    by_rows = evaluate(counting, held_out, rows=3, mesh=ALONE)  # type: ignore[arg-type]
     assert seen == [3] * (count // 3) + [count % 3] and count % 3 and count > 3  # the last batch is smaller
     assert by_rows == pytest.approx(whole, rel=1e-6)
 
@@ -104,7 +99,7 @@ def test_rows_at_a_time_change_nothing(model: DeepSeekV3, held_out: Validation) 
 def test_nothing_is_left_behind(model: DeepSeekV3, held_out: Validation) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     generators = torch.get_rng_state()
-    evaluate(model, held_out, rows=4, mesh=ALONE, stopped=never)
+    evaluate(model, held_out, rows=4, mesh=ALONE)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), generators) and model.training
@@ -122,30 +117,19 @@ class OneOfSeveral(Mesh):
 
 
 @pytest.mark.parametrize("world_size", [3, 11])
-def test_ranks_share_the_rows_and_poll_equally_often(model: DeepSeekV3, held_out: Validation, world_size: int) -> None:
-    """Every rank makes the same collective calls, even one without rows; together they see each row once."""
+def test_ranks_share_the_rows(model: DeepSeekV3, held_out: Validation, world_size: int) -> None:
+    """Every rank makes the same collective call, even one without rows; together they see each row once."""
     assert world_size == 3 or world_size > len(held_out.tokens)
-    sums, polls = torch.zeros(2, dtype=torch.float64), []
+    sums = torch.zeros(2, dtype=torch.float64)
 
     for rank in range(world_size):
-        mesh, asked = OneOfSeveral(rank, world_size, CPU), []
-        evaluate(model, held_out, rows=1, mesh=mesh, stopped=lambda asked=asked: bool(asked.append(1)))
+        mesh = OneOfSeveral(rank, world_size, CPU)
+        evaluate(model, held_out, rows=1, mesh=mesh)
         assert len(mesh.partial) == 1
         sums += mesh.partial[0]
-        polls.append(len(asked))
-    assert set(polls) == {-(-len(held_out.tokens) // world_size)}
     assert sums[1] == held_out.num_tokens
-    whole = evaluate(model, held_out, rows=4, mesh=ALONE, stopped=never)
+    whole = evaluate(model, held_out, rows=4, mesh=ALONE)
     assert (sums[0] / sums[1]).item() == pytest.approx(whole["val_loss"], rel=1e-6)
-
-
-def test_a_stop_ends_it_between_batches(model: DeepSeekV3, held_out: Validation) -> None:
-    calls: list[int] = []
-    counting = counted(model, calls)
-
-    stopped: Callable[[], bool] = lambda: len(calls) == 2  # noqa: E731
-    assert evaluate(counting, held_out, rows=1, mesh=ALONE, stopped=stopped) == {}  # type: ignore[arg-type]
-    assert calls == [1, 1]
 
 
 def test_no_held_out_document_is_no_score() -> None:
@@ -153,7 +137,7 @@ def test_no_held_out_document_is_no_score() -> None:
         raise AssertionError("there is nothing to evaluate")
 
     nothing = Validation(torch.zeros(0, 8, dtype=torch.int64), torch.zeros(0, 9, dtype=torch.int64), 0, 0, 0)
-    assert evaluate(uncalled, nothing, rows=4, mesh=ALONE, stopped=never) == {}  # type: ignore[arg-type]
+    assert evaluate(uncalled, nothing, rows=4, mesh=ALONE) == {}  # type: ignore[arg-type]
 
 
 def test_scores_that_are_not_finite_are_null(tmp_path: Path) -> None:
@@ -163,6 +147,6 @@ def test_scores_that_are_not_finite_are_null(tmp_path: Path) -> None:
     )
     rows = torch.zeros(1, 2, dtype=torch.int64)
     mesh = Mesh(0, 1, torch.device("cpu"))
-    scores = evaluate(model, Validation(rows, rows, 1, 1, 1), rows=1, mesh=mesh, stopped=lambda: False)
+    scores = evaluate(model, Validation(rows, rows, 1, 1, 1), rows=1, mesh=mesh)
     assert scores == {"val_loss": None, "val_bpb": None}
     tracker.Tracker(tmp_path, total_steps=1, first_step=0, out=io.StringIO()).log(1, scores)

@@ -127,8 +127,8 @@ def test_clip_gradients_equals_torch() -> None:
 def test_schedules() -> None:
     wsd = OptimConfig(lr=1.0, warmup=0.1, decay=0.2, min_lr=0.1, schedule="wsd")
     values = [lr_at(step, 100, wsd) for step in range(100)]
-    assert values[0] == pytest.approx(0.1) and values[9] == 1.0 and values[10:81] == [1.0] * 71
-    assert values[90] == pytest.approx(0.55) and values[99] == pytest.approx(0.1 + 0.9 * 0.05)
+    assert values[0] == pytest.approx(0.1) and values[9] == 1.0 and values[10:80] == [1.0] * 70
+    assert values[80] == pytest.approx(0.1 + 0.9 * 0.95) and values[99] == pytest.approx(0.1)
     cosine = OptimConfig(lr=1.0, warmup=0.1, min_lr=0.1, schedule="cosine")
     values = [lr_at(step, 100, cosine) for step in range(100)]
     assert values[10] == 1.0 and values[99] == pytest.approx(0.1) and values == sorted(values[:10]) + values[10:]

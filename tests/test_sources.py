@@ -298,3 +298,21 @@ def test_retries_are_bounded_and_only_for_what_may_pass(monkeypatch):
     with pytest.raises(UserError, match=r"could not be read from the Hub \(no route"):
         remote.retry(lambda: (_ for _ in ()).throw(OSError("no route")), "file", seconds=100)
     assert 30 < clock[0] <= 100
+
+
+@pytest.mark.parametrize("line", ["word " * 60_000, "\u4e2d" * 200_000], ids=["spaces", "none"])
+def test_a_book_in_one_line_is_cut(tmp_path: Path, line: str) -> None:
+    (tmp_path / "book.txt").write_text(line, encoding="utf-8")
+    manifest = sources.resolve([SourceConfig(path=str(tmp_path / "book.txt"))])
+    texts = [text for unit in manifest.units for text in sources.read_unit(unit).texts]
+    assert len(texts) > 10 and max(map(len, texts)) <= 2 * sources.BLOCK_DOCUMENT_BYTES
+    assert "".join("".join(texts).split()) == "".join(line.split())
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfeh\x00i\x00", "caf\u00e9 au lait".encode("latin-1")], ids=["utf-16", "latin-1"]
+)
+def test_text_that_is_no_utf8_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match="no UTF-8 text"):
+        sources.resolve([SourceConfig(path=str(tmp_path / "a.txt"))])
