@@ -310,7 +310,9 @@ def test_a_book_in_one_line_is_cut(tmp_path: Path, line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"\xff\xfeh\x00i\x00", "caf\u00e9 au lait".encode("latin-1")], ids=["utf-16", "latin-1"]
+    "content",
+    [b"\xff\xfeh\x00i\x00", "caf\u00e9 cr\u00e8me, d\u00e9j\u00e0 vu".encode("latin-1")],
+    ids=["utf-16", "latin-1"],
 )
 def test_text_that_is_no_utf8_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.txt").write_bytes(content)
