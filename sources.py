@@ -159,7 +159,7 @@ def _check_utf8(file: Path) -> None:
         raise UserError(f"data.sources: {file}: no UTF-8 text ({bad} bad places in its first MiB); convert it first")
 
 
-def _check_jsonl(def _check_jsonl(file: Path, text_field: str) -> None:
+def _check_jsonl(file: Path, text_field: str) -> None:
     """Refuse a file whose first line tells that no line will do; a line that is no JSON at all may be one bad line."""
     with file.open("rb") as stream:
         line = stream.readline()
