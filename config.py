@@ -165,9 +165,7 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """Length, batch, arithmetic and loss weights."""
 
-    steps: int | None = Field(
-        default=None, ge=1, description="optimizer steps; null: from tokens_per_active_param"
-    )
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps; null: from tokens_per_active_param")
     tokens_per_active_param: float = Field(
         default=20, gt=0, description="training tokens per active parameter (with head)"
     )
