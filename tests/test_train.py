@@ -290,6 +290,7 @@ def test_a_precision_that_follows_the_card(tiny, tmp_path: Path) -> None:
     for name, step in (("bf16", 1), ("fp16", 2), ("bf16", 3), ("fp16", 4)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(parallel, "pick_precision", lambda *_, name=name: name)
+            patch.setattr(parallel, "peak_flops", lambda *_: (1e12, "CPU"))  # measuring fp16 takes 40 s here
             stop_after(tiny, "run", step, "train.precision=auto", *SHORT, "train.steps=5")
     scales = [line["loss_scale"] for line in metrics(tmp_path / "run")]
     assert scales == [1.0, 2.0**13, 1.0, 2.0**13]
@@ -383,6 +384,7 @@ def test_fp16_with_its_loss_scale_follows_fp32_and_resumes_exactly(tiny, tmp_pat
     assert tiny("exact", *SHORT) == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "pick_precision", lambda *_: "fp16")
+        patch.setattr(parallel, "peak_flops", lambda *_: (1e12, "CPU"))  # measuring fp16 takes 40 s here
         assert tiny("half", "train.precision=auto", *SHORT) == 0
         stop_after(tiny, "parts", 2, "train.precision=auto", *SHORT)
         assert tiny("parts", "train.precision=auto", *SHORT) == 0
@@ -402,6 +404,7 @@ def test_an_overflow_halves_the_scale_and_touches_no_state(tiny, tmp_path: Path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "pick_precision", lambda *_: "fp16")
+        patch.setattr(parallel, "peak_flops", lambda *_: (1e12, "CPU"))  # measuring fp16 takes 40 s here
         real = optim.LossScale
         patch.setattr(optim, "LossScale", lambda **values: real(**values | {"value": 2.0**40}) if values else real())
         assert tiny("run", "train.precision=auto", *SHORT) == 0
