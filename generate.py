@@ -16,9 +16,10 @@ import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple
 
 from config import UserError
+from options import Parser
 from text import TextStream, prompt_ids, safe_text
 
 if TYPE_CHECKING:
@@ -237,13 +238,8 @@ def choose_tokens(logits_BW: Tensor, draws: Sequence[float], sampling: Sampling)
     return token_BX.gather(1, index_B1).flatten().tolist()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="generate.py", description="Continue prompts with a trained model.")
+    parser = Parser(prog="generate.py", description="Continue prompts with a trained model.")
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="run, checkpoint, or Hugging Face model directory")
     prompts = parser.add_mutually_exclusive_group(required=True)

@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(dtype or x.dtype)
+        return ops.rms_norm(x, self.weight, self.eps, dtype or x.dtype)
 
 
 class RotaryEmbedding:

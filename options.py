@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
+from typing import Any, Generic, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -22,6 +23,15 @@ MAX_FILE_BYTES = 65536  # PyYAML reads about 100 kB a second, and a mistake has 
 
 class UserError(Exception):
     """Something the user can mend. The programs print it as one line and exit with code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake on the command line is a `UserError`: one line, with the nearest flag where one is unknown."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
+        raise UserError(f"{message}; did you mean {near[0]}?" if near else f"{message} (see --help)")
 
 
 class Section(BaseModel):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import config as configuration
 from config import Config, UserError
+from options import Parser
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from tracker import Tracker
 
 DIVERGED_AFTER = 20  # steps in a row without a finite gradient
-EXIT_CODES = "exit codes: 0 finished, 1 failed, 2 bad input, 130 stopped by SIGINT, 143 stopped by SIGTERM (both saved)"
+EXIT_CODES = "exit codes: 0 finished, 1 failed, 2 bad input, 130 stopped by SIGINT, 143 by SIGTERM (step saved)"
 
 
 # ------------------------------------------------------------------------------------------------------------ one step
@@ -476,14 +477,17 @@ NEXT = """next:
 
 
 def _rate(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 1e-6 <= value <= 1e12:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1e-6 to 1e12")
     return value
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train.py",
         description="Train a DeepSeek-V3 model. Starting the same command again goes on where it stopped.",
         epilog=configuration.describe() + "\n\n" + EXIT_CODES,
@@ -527,12 +531,14 @@ def prepare_environment() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = parse(sys.argv[1:] if arguments is None else arguments)
     try:
+        args = parse(sys.argv[1:] if arguments is None else arguments)
         for stream in (sys.stdout, sys.stderr):  # a sample may hold what the console's encoding lacks
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         config = configuration.load(args.config, args.overrides)
+        if args.resume not in ("auto", "never") and not Path(args.resume).is_dir():
+            raise UserError(f"--resume {args.resume}: no such directory; allowed: auto, never, or a checkpoint's path")
         prepare_environment()
         if args.dry_run:
             import plan

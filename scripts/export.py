@@ -7,7 +7,6 @@ The result loads in transformers, vLLM, SGLang and llama.cpp's converter. Router
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from torch import Tensor
 import checkpoint
 import convert
 from config import UserError
+from options import Parser
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # ours: torch's and config.json's
 COMPANIONS = (
@@ -73,13 +73,13 @@ def _check_range(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     summary = "Write a model directory (Hugging Face format) from a training checkpoint."
-    parser = argparse.ArgumentParser(prog="export.py", description=summary)
+    parser = Parser(prog="export.py", description=summary)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run, checkpoint, or model directory")
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must not exist or be empty")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the weights (default: bf16)")
     parser.add_argument("--no-mtp", dest="mtp", action="store_false", help="leave out the MTP layers")
-    given = parser.parse_args(arguments)
     try:
+        given = parser.parse_args(arguments)
         export(given.checkpoint, given.out, dtype=given.dtype, mtp=given.mtp)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -147,8 +147,21 @@ def test_the_command_takes_its_options_in_any_order(
     assert not list(tmp_path.iterdir())  # a plan leaves nothing behind
 
 
-@pytest.mark.parametrize("value", ["nan", "-5", "0", "1e-320", "fast"])
-def test_rates_that_are_none(value: str) -> None:
-    with pytest.raises(SystemExit) as caught:
-        train.main(["--dry-run", "--config", "quickstart", "--tokens-per-sec", value])
-    assert caught.value.code == 2
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        *(
+            (["--tokens-per-sec", value], f"{value!r} is not a number from 1e-6")
+            for value in ("nan", "0", "1e-320", "fast")
+        ),
+        (["--tokens-per-sec", "-5"], "is not a number"),
+        (["--dryrun"], "did you mean --dry-run?"),
+        (["--config"], "expected one argument"),
+        (["--resume", "bogus"], "allowed: auto, never, or a checkpoint's path"),
+    ],
+    ids=str,
+)
+def test_a_mistake_on_the_command_line_is_one_line(wrong: list[str], line: str, capsys: pytest.CaptureFixture) -> None:
+    assert train.main(["--dry-run", *wrong]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and line in err and err.count("\n") == 1
