@@ -8,7 +8,7 @@ import pytest
 
 # Waiting OpenMP threads otherwise spin, and on busy cores tiny tests take many times as long. Subprocesses inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # more only cost time at these sizes
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more only cost time at these sizes
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns when a process that used it forks
 
 

@@ -50,7 +50,7 @@ LONGER_FUNCTIONS = {("train.py", "train"): 150}  # the table of contents of the 
 
 MAY_USE_DISTRIBUTED = {"parallel.py", "checkpoint.py", "optim.py"}
 MAY_READ_ENVIRONMENT = {"parallel.py", "tracker.py", "hub.py", "train.py", "generate.py"}
-MAY_PARSE_ARGUMENTS = {"train.py", "generate.py"}
+MAY_PARSE_ARGUMENTS = {"generate.py", "options.py", "train.py"}
 OPTIONAL = {"wandb", "mlflow", "tensorboard", "triton", "liger_kernel"}  # each is imported in one place
 POSIX_ONLY = {"fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "posix", "syslog"}
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "jsonpickle", "joblib", "marshal", "shelve"}
