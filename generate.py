@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import environment
 from config import UserError
 from options import Parser
 from text import TextStream, prompt_ids, safe_text
@@ -353,15 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0, 2 after a user's mistake (one line on standard error), 130 after Ctrl-C."""
     try:
         given = parse_arguments(arguments)
-        from dotenv import dotenv_values
-
-        try:
-            values = dotenv_values(".env")
-        except ValueError:
-            raise UserError(".env: no UTF-8 text") from None
-        for name, value in values.items():
-            if value:  # before anything of Hugging Face is imported; real variables win
-                os.environ.setdefault(name, value)
+        environment.prepare()
         run(given)
     except UserError as error:
         print("error:", safe_text(str(error)).replace("\n", " "), file=sys.stderr)

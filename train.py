@@ -7,8 +7,6 @@ torch is imported inside functions, so that a mistake in the configuration is to
 from __future__ import annotations
 
 import argparse
-import ctypes
-import importlib.metadata
 import io
 import math
 import os
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import config as configuration
+import environment
 from config import Config, UserError
 from options import Parser
 
@@ -507,29 +506,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def prepare_environment() -> None:
-    """Before torch and Hugging Face libraries are imported: `.env`, GPU and C allocators."""
-    from dotenv import dotenv_values
-
-    try:
-        values = dotenv_values(".env")
-    except ValueError:
-        raise UserError(".env: no UTF-8 text") from None
-    for name, value in values.items():
-        if value:  # an empty HF_HOME would put the cache into this folder
-            os.environ.setdefault(name, value)  # real variables win
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    old, new = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"  # the new name works from torch 2.11 on
-    if old not in os.environ and new not in os.environ:
-        release = tuple(int(part) for part in importlib.metadata.version("torch").split(".")[:2])
-        os.environ[new if release >= (2, 11) else old] = "expandable_segments:True"
-    if sys.platform == "linux":
-        # Keep freed activations: giving them back page by page costs a CPU run a tenth of its time (LOG.md).
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = parse(sys.argv[1:] if arguments is None else arguments)
@@ -539,7 +515,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = configuration.load(args.config, args.overrides)
         if args.resume not in ("auto", "never") and not Path(args.resume).is_dir():
             raise UserError(f"--resume {args.resume}: no such directory; allowed: auto, never, or a checkpoint's path")
-        prepare_environment()
+        environment.prepare()
         if args.dry_run:
             import plan
 

@@ -47,6 +47,19 @@ def test_attention_equals_the_reference(dtype: torch.dtype, widths: tuple[int, i
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 48)])
+def test_norm_equals_torchs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    leaves = [leaf(*shape, dtype=dtype, scale=3), leaf(shape[-1], seed=1)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    ours = gradients(lambda x, weight: ops.rms_norm(x, weight, 0.1, dtype), leaves)
+    theirs = gradients(lambda x, weight: torch.nn.functional.rms_norm(x, weight.shape, weight, 0.1), exact)
+    assert ours[0].dtype == ours[1].dtype == dtype and ours[2].dtype == torch.float32
+    assert_close(ours, theirs, dtype)
+    with torch.no_grad():  # bit for bit: a recomputed block must choose the same experts
+        assert torch.equal(ops.rms_norm(*leaves, 0.1, dtype), ours[0])
+
+
 EXPERTS = {  # tokens, hidden, width, experts, active
     "usual": (50, 16, 8, 6, 2), "one token": (1, 16, 8, 4, 2), "all experts": (9, 8, 8, 3, 3), "odd": (23, 7, 5, 5, 3),
     "many experts, most empty": (4, 8, 8, 64, 2),

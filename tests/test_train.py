@@ -466,15 +466,6 @@ def test_the_hub_out_of_reach(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_dotenv_is_read_and_real_variables_win(tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text("HF_TOKEN=from-file\nHF_HOME=from-file\n")
-    code = "import train, os; train.prepare_environment(); print(os.environ['HF_TOKEN'], os.environ['HF_HOME'])"
-    environment = {**os.environ, "HF_HOME": "real", "PYTHONPATH": str(ROOT)}
-    environment.pop("HF_TOKEN", None)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert result.stdout.split() == ["from-file", "real"], result.stderr
-
-
 def test_too_small_a_vocabulary_and_a_missing_file(tiny, capsys: pytest.CaptureFixture[str]) -> None:
     assert tiny("run", "data.sources=nowhere.txt") == 2
     assert "nowhere.txt" in capsys.readouterr().err
