@@ -67,19 +67,26 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def interleaved(
-    contenders: Contenders, device: torch.device, *, repeats: int, warm_up: int = 2
+    contenders: Contenders, device: torch.device, *, repeats: int, warm_up: int = 2, hopeless: float = 5.0
 ) -> dict[str, list[float]]:
-    """Seconds of every run, the contenders taking turns."""
+    """Seconds of every run, the contenders taking turns.
+
+    Who takes `hopeless` times as long as the fastest in the last warm-up is not run again: that time is its result. Its
+    memory would be the others' page faults.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warm_up + repeats):
         for name, run in contenders.items():
+            if turn >= warm_up and seconds[name][warm_up - 1] > hopeless * min(
+                s[warm_up - 1] for s in seconds.values()
+            ):
+                continue
             _wait(device)
             start = time.perf_counter()
             run()
             _wait(device)
-            if turn >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+            seconds[name].append(time.perf_counter() - start)
+    return {name: runs[warm_up:] or runs[-1:] for name, runs in seconds.items()}
 
 
 def _wait(device: torch.device) -> None:
@@ -141,7 +148,7 @@ class Bench:
         seconds = interleaved(contenders, self.device, repeats=self.repeats)
         base = statistics.median(seconds[first])
         return [
-            {**facts, "name": name, **summary(runs), "times_first": statistics.median(runs) / base}
+            {**facts, "name": name, **summary(runs), "runs": len(runs), "times_first": statistics.median(runs) / base}
             for name, runs in seconds.items()
         ]
 

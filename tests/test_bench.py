@@ -61,6 +61,9 @@ def test_contenders_take_turns() -> None:
     seconds = bench.interleaved(contenders, torch.device("cpu"), repeats=3, warm_up=1)
     assert order == list("abababab")
     assert all(len(runs) == 3 and min(runs) >= 0.002 for runs in seconds.values())
+    slow = {"a": lambda: None, "b": lambda: time.sleep(0.05)}
+    seconds = bench.interleaved(slow, torch.device("cpu"), repeats=3)
+    assert [len(runs) for runs in seconds.values()] == [3, 1] and seconds["b"][0] >= 0.05
     assert bench.summary([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {"median_ms": 3500, "p20_ms": 2000, "p80_ms": 5000}
 
 
