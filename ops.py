@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, scale: float) -> Tensor:
@@ -50,6 +51,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x_ND * inverse_N1).mul_(weight_D).to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_ND, weight_D, inverse_N1 = ctx.saved_tensors
         grad_ND = grads[0].to(x_ND.dtype)
@@ -80,10 +82,11 @@ class _ToSlots(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
         (slot_NA,) = ctx.saved_tensors
-        grad_ND = grads[0].index_select(0, slot_NA[:, 0])
+        # Sums in fp32, rounded once.
+        grad_ND = grads[0].index_select(0, slot_NA[:, 0]).to(torch.promote_types(grads[0].dtype, torch.float32))
         for slot_N in slot_NA.unbind(1)[1:]:
             grad_ND += grads[0].index_select(0, slot_N)
-        return grad_ND, None, None
+        return grad_ND.to(grads[0].dtype), None, None
 
 
 class _FromSlots(torch.autograd.Function):
@@ -92,10 +95,11 @@ class _FromSlots(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_SD: Tensor, slot_NA: Tensor, weight_NA: Tensor) -> Tensor:
         ctx.save_for_backward(y_SD, slot_NA, weight_NA)
-        out_ND = y_SD.new_zeros(slot_NA.shape[0], y_SD.shape[1])
+        wide = torch.promote_types(y_SD.dtype, torch.float32)  # sums in fp32, rounded once
+        out_ND = y_SD.new_zeros(slot_NA.shape[0], y_SD.shape[1], dtype=wide)
         for slot_N, weight_N in zip(slot_NA.unbind(1), weight_NA.unbind(1), strict=True):
             out_ND.addcmul_(y_SD.index_select(0, slot_N), weight_N[:, None])
-        return out_ND
+        return out_ND.to(y_SD.dtype)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, Tensor]:
@@ -103,7 +107,8 @@ class _FromSlots(torch.autograd.Function):
         grad_SD, grad_weight_NA = torch.zeros_like(y_SD), torch.empty_like(weight_NA)
         for place, (slot_N, weight_N) in enumerate(zip(slot_NA.unbind(1), weight_NA.unbind(1), strict=True)):
             grad_SD.index_copy_(0, slot_N, grads[0] * weight_N[:, None])
-            grad_weight_NA[:, place] = torch.linalg.vecdot(grads[0], y_SD.index_select(0, slot_N))
+            # A product, not a sum of rounded terms: small fp16 gradients would vanish in them.
+            grad_weight_NA[:, place] = (grads[0][:, None] @ y_SD.index_select(0, slot_N)[:, :, None]).flatten()
         return grad_SD, None, grad_weight_NA
 
 
@@ -152,11 +157,12 @@ def grouped_experts(
     counts_E = torch.bincount(expert_NA.flatten(), minlength=num_experts)
     gate_up_EGD, down_EDF = gate_up_EGD.to(x_ND.dtype), down_EDF.to(x_ND.dtype)
     width = int(counts_E.max())
-    most = 1.25 if x_ND.device.type == "cpu" else 2.0  # measured on AVX512-bf16; on a GPU a guess
+    grouped = _has_grouped_product(x_ND, gate_up_EGD)
+    most = 1.25 if grouped and x_ND.device.type == "cpu" else 2.0  # measured on AVX512-bf16; on a GPU a guess
     if num_experts * width > most * num_pairs + 8 * num_experts:
         slot_NA = _sort_pairs(expert_NA, counts_E, None)
         x_SD = _ToSlots.apply(x_ND, slot_NA, num_pairs)
-        product = _grouped_product if _has_grouped_product(x_ND, gate_up_EGD) else _split_product
+        product = _grouped_product if grouped else _split_product
         y_SD = product(swiglu(product(x_SD, gate_up_EGD, counts_E)), down_EDF, counts_E)
     else:
         slot_NA = _sort_pairs(expert_NA, counts_E, width)

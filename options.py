@@ -31,6 +31,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
         near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
+        message = message.replace("\n", "\\n")
         raise UserError(f"{message}; did you mean {near[0]}?" if near else f"{message} (see --help)")
 
 

@@ -513,7 +513,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         config = configuration.load(args.config, args.overrides)
-        if args.resume not in ("auto", "never") and not Path(args.resume).is_dir():
+        if args.resume not in ("auto", "never") and not os.path.isdir(args.resume):
             raise UserError(f"--resume {args.resume}: no such directory; allowed: auto, never, or a checkpoint's path")
         environment.prepare()
         if args.dry_run:

@@ -92,6 +92,20 @@ def test_experts_equal_the_loop(name: str, routing: str, dtype: torch.dtype) -> 
     assert counts.sum() == tokens * active  # nothing is dropped
 
 
+def test_many_experts_are_summed_in_fp32() -> None:
+    """Eight bf16 outputs rounded once: within a rounding of the exact sum, forward and backward."""
+    tokens, active, hidden = 64, 8, 32
+    y = leaf(tokens * active, hidden, dtype=torch.bfloat16)
+    weight = leaf(tokens, active, dtype=torch.bfloat16, seed=1)
+    slots = torch.randperm(tokens * active, generator=torch.Generator().manual_seed(2)).view(tokens, active)
+    exact = (y.double()[slots] * weight.double()[..., None]).sum(1)
+    assert torch.equal(ops._FromSlots.apply(y, slots, weight), exact.to(torch.float32).bfloat16())
+    x = leaf(tokens, hidden, dtype=torch.bfloat16, seed=3)
+    grad = leaf(tokens * active, hidden, dtype=torch.bfloat16, seed=4).detach()
+    ops._ToSlots.apply(x, slots, tokens * active).backward(grad)
+    assert x.grad is not None and torch.equal(x.grad, grad.double()[slots].sum(1).float().bfloat16())
+
+
 def test_uneven_routing_takes_the_grouped_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding would make 16 times the rows here; without a grouped product each expert's rows go alone."""
     used = []
