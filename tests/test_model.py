@@ -65,7 +65,12 @@ def build(cfg: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32, *
         model = DeepSeekV3(cfg, dtype, **kwargs)
     model.to_empty(device="cpu")
     init_weights(model, seed)
-    generator = torch.Generator().manual_seed(seed + 1)
+    return randomise(model, seed + 1)
+
+
+def randomise(model: DeepSeekV3, seed: int = 1) -> DeepSeekV3:
+    """Norms and router biases that are not what they start with."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

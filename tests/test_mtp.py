@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_model import randomise
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 from transformers.generation.candidate_generator import MTPCandidateGenerator
@@ -50,18 +51,6 @@ def drafts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor | None,
 def build(**changes: Any) -> DeepSeekV3:
     model = DeepSeekV3(ModelConfig(**(TINY | changes)))
     init_weights(model, seed=0)
-    return model
-
-
-def randomise(model: DeepSeekV3) -> DeepSeekV3:
-    """Norms and router biases that are not what they start with."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.copy_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
-        for buffer in model.buffers():
-            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     return model
 
 
