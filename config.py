@@ -141,6 +141,10 @@ FINEWEB_EDU = SourceConfig(
 )
 
 
+def _auto_is_null(value: object) -> object:
+    return None if value == "auto" else value
+
+
 class DataConfig(Section):
     """Where text comes from and how it becomes rows of tokens."""
 
@@ -162,6 +166,9 @@ class DataConfig(Section):
     )
 
 
+Recompute = Literal["none", "selective", "full"]
+
+
 class TrainConfig(Section):
     """Length, batch, arithmetic and loss weights."""
 
@@ -169,19 +176,39 @@ class TrainConfig(Section):
     tokens_per_active_param: float = Field(
         default=20, gt=0, description="training tokens per active parameter (with head)"
     )
-    micro_batch: int = Field(default=4, ge=1, description="rows of one forward and backward pass")
+    micro_batch: Annotated[int | None, BeforeValidator(_auto_is_null)] = Field(
+        default=4, ge=1, description="rows of one forward and backward pass; null or auto: the most that fit the memory"
+    )
     batch_tokens: int = Field(default=131072, ge=1, description="tokens of one optimizer step, over all ranks")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="arithmetic of the matrix products"
     )
     seed: int = Field(default=1337, ge=0, lt=2**63, description="seed of the weights and of the data order")
     init_from: str | None = Field(default=None, description="checkpoint or model directory to take the weights from")
-    recompute: bool = Field(default=False, description="recompute each block's activations in backward (less memory)")
+    recompute: Recompute = Field(
+        default="none",
+        description="activations to compute again in backward, for less memory: SwiGLUs and experts, or all of a block",
+    )
+    compile: bool = Field(default=False, description="compile the blocks (torch.compile): minutes at the start")
     grad_clip: float = Field(default=1.0, gt=0, description="largest global gradient norm")
     mtp_weight: float = Field(default=0.3, ge=0, description="weight of the MTP loss at first")
     mtp_weight_final: float = Field(default=0.1, ge=0, description="weight of the MTP loss after mtp_switch")
     mtp_switch: float = Field(
         default=0.676, ge=0, le=1, description="share of the steps after which mtp_weight_final holds"
+    )
+
+
+class OpsConfig(Section):
+    """Forms of the expensive operations. auto: the device's usual one, or one that is clearly faster."""
+
+    experts: Literal["auto", "padded", "grouped", "loop", "triton", "liger"] = Field(
+        default="auto", description="how the routed experts' products are computed"
+    )
+    attention: Literal["auto", "plain", "sdpa", "flash", "efficient", "cudnn"] = Field(
+        default="auto", description="plain: all scores in memory; sdpa: torch's choice; else one of its kernels"
+    )
+    loss: Literal["auto", "chunked", "torch", "liger"] = Field(
+        default="auto", description="how the vocabulary head and its cross-entropy are computed"
     )
 
 
@@ -201,8 +228,11 @@ class OptimConfig(Section):
     beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW's second-moment decay")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
     momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's Nesterov momentum")
-    ns_dtype: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="arithmetic of Muon's Newton-Schulz iteration"
+    momentum_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="what Muon's momentum is stored in: bf16 takes half the memory"
+    )
+    ns_dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="arithmetic of Muon's Newton-Schulz iteration; auto: that of the model's products"
     )
     bias_speed: float = Field(default=1e-3, ge=0, description="change of a router bias per step (gamma)")
     bias_until: float = Field(
@@ -274,6 +304,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    ops: OpsConfig = OpsConfig()
     optim: OptimConfig = OptimConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
@@ -284,6 +315,15 @@ class Config(Section):
     def rows_per_step(self) -> int:
         """Rows of `data.seq_len` tokens in one optimizer step, over all ranks."""
         return self.train.batch_tokens // self.data.seq_len
+
+    @property
+    def micro_rows(self) -> int:
+        """`train.micro_batch`, once it is known."""
+        assert self.train.micro_batch is not None
+        return self.train.micro_batch
+
+    def with_micro_batch(self, rows: int) -> Config:
+        return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch": rows})})
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -299,7 +339,7 @@ class Config(Section):
                 f"train.batch_tokens = {train.batch_tokens} must be a multiple of data.seq_len = {data.seq_len}, "
                 f"such as {near}"
             )
-        if train.micro_batch > self.rows_per_step:
+        if (train.micro_batch or 1) > self.rows_per_step:
             raise ValueError(
                 f"train.micro_batch = {train.micro_batch} must be at most {self.rows_per_step}, the rows of a step: "
                 f"train.batch_tokens = {train.batch_tokens} / data.seq_len = {data.seq_len}"

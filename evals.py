@@ -19,6 +19,7 @@ def evaluate(model: DeepSeekV3, held_out: Validation, *, rows: int, mesh: Mesh) 
     `rows` at a time; every rank takes its share. Empty when there is nothing to evaluate.
     """
     start, end = mesh.share(len(held_out.tokens))
+    one = torch.ones(1, device=mesh.device)
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     most = math.ceil(len(held_out.tokens) / mesh.world_size)
     for batch in range(math.ceil(most / rows)):  # equally many on every rank
@@ -26,12 +27,11 @@ def evaluate(model: DeepSeekV3, held_out: Validation, *, rows: int, mesh: Mesh) 
         if part.start < part.stop:
             tokens, targets = held_out.tokens[part].to(mesh.device), held_out.targets[part].to(mesh.device)
             hidden_BTD, _ = model.hidden(tokens)  # the main head alone
-            target_N = targets[:, : tokens.shape[1]].flatten()
-            wanted_N = target_N != losses.IGNORE
-            _, nats_N, _ = losses.linear_cross_entropy(
-                hidden_BTD.flatten(0, 1), model.lm_head.weight, target_N, wanted_N.float()
+            target_1N = targets[:, : tokens.shape[1]].reshape(1, -1)
+            _, nats_1, _ = losses.linear_cross_entropy(
+                hidden_BTD.flatten(0, 1), model.lm_head.weight, target_1N, one, path=model.paths.loss
             )
-            sums += torch.stack((nats_N.double().sum(), wanted_N.sum().double()))
+            sums += torch.stack((nats_1[0].double(), (target_1N != losses.IGNORE).sum().double()))
     nats, count = mesh.sum(sums).tolist()
     if not count:
         return {}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ops import liger_ops
 
 IGNORE = -100  # a target that is not predicted; torch's own convention
 # Logits held at once: on a CPU what its caches hold (LOG.md), on a GPU enough for full-speed products (not measured).
@@ -52,31 +56,78 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), grad_head_WD * grads[0], None, None, None, None
 
 
+def loss_paths(device: torch.device) -> list[str]:
+    """Paths worth considering here, the one that "auto" takes first. On a CPU torch's is many times slower (LOG.md)."""
+    if device.type == "cpu":
+        return ["chunked"]
+    liger = torch.cuda.get_device_capability(device) >= (8, 0) and importlib.util.find_spec("liger_kernel") is not None
+    return ["chunked", *["torch"] * hasattr(F, "linear_cross_entropy"), *["liger"] * liger]
+
+
 def linear_cross_entropy(
-    hidden_ND: Tensor, head_WD: Tensor, target_N: Tensor, weight_N: Tensor, *, chunk_logits: int | None = None
+    hidden_ND: Tensor,
+    head_WD: Tensor,
+    target_XN: Tensor,
+    weight_X: Tensor,
+    *,
+    path: str = "auto",
+    chunk_logits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted cross-entropy of `softmax(hidden @ head.T)` without full logits.
+    """Weighted cross-entropy of `softmax(hidden @ head.T)` without full logits, for X heads (main and MTP) in one pass.
 
     Args:
-        hidden_ND: hidden states; products run in their dtype, softmax and sums in fp32. head_WD: head, cast to it.
-        target_N: int64, `IGNORE` for rows without loss. weight_N: fp32 weight of every row (no gradient); it holds the
-            fp16 loss scale too, so that small gradients survive the 16-bit products.
+        hidden_ND: hidden states of one head after the other, X*N rows; products run in their dtype, softmax and sums
+            in fp32. head_WD: the shared head, cast to it.
+        target_XN: int64, `IGNORE` for rows without loss. weight_X: fp32 weight of every head (no gradient); it holds
+            the fp16 loss scale too, so that small gradients survive the 16-bit products.
+        path: "chunked" (ours), "torch" (`F.linear_cross_entropy`, torch 2.13), "liger", or "auto".
     Returns:
-        sum of weight * nats (differentiable), nats per row, whether no token is more likely than the target.
+        sum of weight * nats (differentiable); nats per head; targets that no token is more likely than, per head, NaN
+        where a path does not tell.
     """
+    if path in ("torch", "liger"):
+        one_head = {"torch": _torch_cross_entropy, "liger": _liger_cross_entropy}[path]
+        head_WD = head_WD.to(hidden_ND.dtype)
+        parts = [
+            one_head(hidden_ND.unflatten(0, target_XN.shape)[x], head_WD, target_XN[x]) for x in range(len(target_XN))
+        ]
+        nats_X, correct_X = (torch.stack(values) for values in zip(*parts, strict=True))
+        return (nats_X * weight_X).sum(), nats_X.detach(), correct_X
     at_once = CHUNK_LOGITS[hidden_ND.device.type] if chunk_logits is None else chunk_logits
     rows = max(1, at_once // head_WD.shape[0])
     with_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or head_WD.requires_grad)
-    return _LinearCrossEntropy.apply(hidden_ND, head_WD, target_N, weight_N, rows, with_grad)  # type: ignore[return-value]
+    weight_N = weight_X.repeat_interleave(target_XN.shape[1], output_size=target_XN.numel())
+    loss, nats_N, correct_N = _LinearCrossEntropy.apply(  # type: ignore[misc]
+        hidden_ND, head_WD, target_XN.flatten(), weight_N, rows, with_grad
+    )
+    return loss, nats_N.view_as(target_XN).sum(1), correct_N.view_as(target_XN).sum(1)
+
+
+def _torch_cross_entropy(hidden_ND: Tensor, head_WD: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats and NaN for the count. Row by row: a sum would be rounded to 16 bits, or overflow them."""
+    options = torch.nn.LinearCrossEntropyOptions(acc_policy="accurate")
+    nats_N = F.linear_cross_entropy(
+        hidden_ND, head_WD, target_N, reduction="none", ignore_index=IGNORE, options=options
+    )
+    nats = nats_N.float().sum()
+    return nats, torch.full_like(nats, float("nan"))
+
+
+def _liger_cross_entropy(hidden_ND: Tensor, head_WD: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+    nats, _, accuracy, _ = liger_ops().LigerFusedLinearCrossEntropyFunction.apply(
+        hidden_ND, head_WD, target_N, None, None, IGNORE, 0.0, 0.0, "sum", None, False, torch.float32, False, True
+    )
+    return nats.float(), (accuracy * (target_N != IGNORE).sum()).round()
 
 
 def linear_cross_entropy_reference(
-    hidden_ND: Tensor, head_WD: Tensor, target_N: Tensor, weight_N: Tensor
+    hidden_ND: Tensor, head_WD: Tensor, target_XN: Tensor, weight_X: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `linear_cross_entropy` computes, with full logits."""
     logits_NW = F.linear(hidden_ND, head_WD.to(hidden_ND.dtype)).float()
-    nats_N = F.cross_entropy(logits_NW, target_N, ignore_index=IGNORE, reduction="none")
-    return (nats_N * weight_N).sum(), nats_N.detach(), logits_NW.argmax(-1) == target_N
+    nats_N = F.cross_entropy(logits_NW, target_XN.flatten(), ignore_index=IGNORE, reduction="none")
+    nats_X = nats_N.view_as(target_XN).sum(1)
+    return (nats_X * weight_X).sum(), nats_X.detach(), (logits_NW.argmax(-1).view_as(target_XN) == target_XN).sum(1)
 
 
 def balance_loss(scores_BTE: Tensor, expert_BTA: Tensor) -> Tensor:
@@ -86,7 +137,8 @@ def balance_loss(scores_BTE: Tensor, expert_BTA: Tensor) -> Tensor:
     It is 1 per sequence when both load and affinities are uniform.
     """
     num_experts, (_, num_tokens, num_active) = scores_BTE.shape[-1], expert_BTA.shape
-    chosen_BE = F.one_hot(expert_BTA.flatten(1), num_experts).sum(1).to(torch.float32)
+    chosen_BE = scores_BTE.new_zeros(len(scores_BTE), num_experts)
+    chosen_BE.scatter_add_(1, expert_BTA.flatten(1), torch.ones_like(expert_BTA, dtype=chosen_BE.dtype).flatten(1))
     f_BE = chosen_BE * (num_experts / (num_active * num_tokens))
     p_BE = (scores_BTE / (scores_BTE.sum(-1, keepdim=True) + 1e-20)).mean(1)
     return (f_BE * p_BE).sum()

@@ -14,8 +14,8 @@ matrix products run in the model's `dtype`; residual stream, norms' statistics, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import losses
 import ops
-from config import ModelConfig, YarnConfig
+from config import ModelConfig, OpsConfig, Recompute, YarnConfig
 
 
 class Linear(nn.Linear):
@@ -134,9 +134,9 @@ class LatentCache:
 class MLA(nn.Module):
     """Multi-head Latent Attention (2412.19437, section 2.1.1)."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, path: str = "auto"):
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config, self.layer, self.path = config, layer, path
         hidden, heads = config.hidden_size, config.num_attention_heads
         if config.q_lora_rank is None:
             self.q_proj = Linear(hidden, heads * config.qk_head_dim)
@@ -170,12 +170,12 @@ class MLA(nn.Module):
             cache.write(self.layer, positions_BT, torch.cat((latent_BTC, k_rope_BTR), -1))
             if cache.length > 0:
                 return self.o_proj(self._absorbed(q_nope_BTHP, q_rope_BTHR, positions_BT, cache).flatten(2))
-        kv_BTHX = self.kv_b_proj(latent_BTC).unflatten(-1, (cfg.num_attention_heads, -1))
-        k_nope_BTHP, v_BTHV = kv_BTHX.split((cfg.qk_nope_head_dim, cfg.v_head_dim), -1)
-        k_rope_BTHR = k_rope_BTR.unsqueeze(2).expand(-1, -1, cfg.num_attention_heads, -1)
-        q_BHTK = torch.cat((q_nope_BTHP, q_rope_BTHR), -1).transpose(1, 2)
-        k_BHTK = torch.cat((k_nope_BTHP, k_rope_BTHR), -1).transpose(1, 2)
-        out_BHTV = ops.attention(q_BHTK, k_BHTK, v_BTHV.transpose(1, 2), scale=self.scale)
+        kv_BHTX = self.kv_b_proj(latent_BTC).unflatten(-1, (cfg.num_attention_heads, -1)).transpose(1, 2)
+        k_nope_BHTP, v_BHTV = kv_BHTX.split((cfg.qk_nope_head_dim, cfg.v_head_dim), -1)
+        k_rope_BHTR = k_rope_BTR.unsqueeze(1).expand(-1, cfg.num_attention_heads, -1, -1)
+        q_BHTK = torch.cat((q_nope_BTHP.transpose(1, 2), q_rope_BTHR.transpose(1, 2)), -1)
+        k_BHTK = torch.cat((k_nope_BHTP, k_rope_BHTR), -1)
+        out_BHTV = ops.attention(q_BHTK, k_BHTK, v_BHTV, scale=self.scale, path=self.path)
         return self.o_proj(out_BHTV.transpose(1, 2).flatten(2))
 
     def _absorbed(self, q_nope_BTHP: Tensor, q_rope_BTHR: Tensor, positions_BT: Tensor, cache: LatentCache) -> Tensor:
@@ -207,6 +207,9 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+Chosen = list[Tensor] | None
+
+
 class Router(nn.Module):
     """Sigmoid affinities and auxiliary-loss-free selection (Eq. 12-16), in fp32.
 
@@ -221,34 +224,45 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
         self.e_score_correction_bias: Tensor
 
-    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Chosen experts (N, A), their weights (N, A) and all affinities (N, E)."""
+    def forward(self, x_ND: Tensor, chosen: Chosen = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Chosen experts (N, A), their weights (N, A) and all affinities (N, E).
+
+        `chosen`, a list, is empty in the first pass of a block that will be recomputed: the choice is put there, and
+        taken from there when the block runs again.
+        """
         cfg = self.config
         scores_NE = F.linear(x_ND.float(), self.weight.float()).sigmoid()
+        expert_NA = chosen[0] if chosen else self._choose(scores_NE)
+        if chosen is not None and not chosen:
+            chosen.append(expert_NA)
+        weight_NA = scores_NE.gather(1, expert_NA)
+        if cfg.norm_topk_prob:
+            weight_NA = weight_NA / (weight_NA.sum(-1, keepdim=True) + 1e-20)
+        return expert_NA, weight_NA * cfg.routed_scaling_factor, scores_NE
+
+    def _choose(self, scores_NE: Tensor) -> Tensor:
+        cfg = self.config
         choice_NE = scores_NE.detach() + self.e_score_correction_bias
         if cfg.n_group > 1:  # keep the groups whose best two experts score highest
             choice_NGX = choice_NE.unflatten(-1, (cfg.n_group, -1))
             group_NA = choice_NGX.topk(2, -1).values.sum(-1).topk(cfg.topk_group, -1).indices
             kept_NG = torch.zeros_like(choice_NGX[..., 0], dtype=torch.bool).scatter_(1, group_NA, True)
             choice_NE = choice_NGX.masked_fill(~kept_NG[..., None], float("-inf")).flatten(1)
-        expert_NA = choice_NE.topk(cfg.num_experts_per_tok, -1, sorted=False).indices
-        weight_NA = scores_NE.gather(1, expert_NA)
-        if cfg.norm_topk_prob:
-            weight_NA = weight_NA / (weight_NA.sum(-1, keepdim=True) + 1e-20)
-        return expert_NA, weight_NA * cfg.routed_scaling_factor, scores_NE
+        return choice_NE.topk(cfg.num_experts_per_tok, -1, sorted=False).indices
 
 
 class Experts(nn.Module):
     """The routed experts' SwiGLUs, stacked: gate rows first, then up."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, path: str = "auto"):
         super().__init__()
+        self.path = path
         num, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(num, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(num, hidden, width))
 
     def forward(self, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.grouped_experts(x_ND, expert_NA, weight_NA, self.gate_up_proj, self.down_proj)
+        return ops.grouped_experts(x_ND, expert_NA, weight_NA, self.gate_up_proj, self.down_proj, self.path)
 
 
 class Routing(NamedTuple):
@@ -261,41 +275,64 @@ class Routing(NamedTuple):
 class DeepSeekMoE(nn.Module):
     """Shared experts, as one wide SwiGLU, plus the chosen routed experts."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, path: str = "auto", *, recompute: bool = False):
         super().__init__()
+        self.recompute = recompute
         self.gate = Router(config)
-        self.experts = Experts(config)
+        self.experts = Experts(config, path)
         self.shared_experts = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x_BTD: Tensor, chosen: Chosen = None) -> tuple[Tensor, Routing]:
         batch, num_tokens, _ = x_BTD.shape
         x_ND = x_BTD.flatten(0, 1)
-        expert_NA, weight_NA, scores_NE = self.gate(x_ND)
-        y_ND, counts_E = self.experts(x_ND, expert_NA, weight_NA)
+        expert_NA, weight_NA, scores_NE = self.gate(x_ND, chosen)
+        y_ND, counts_E = recomputed(self.recompute, self._mix, x_ND, expert_NA, weight_NA)
         balance = losses.balance_loss(scores_NE.view(batch, num_tokens, -1), expert_NA.view(batch, num_tokens, -1))
-        return (y_ND + self.shared_experts(x_ND)).view_as(x_BTD), Routing(counts_E, balance)
+        return y_ND.view_as(x_BTD), Routing(counts_E, balance)
+
+    def _mix(self, x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor) -> tuple[Tensor, Tensor]:
+        y_ND, counts_E = self.experts(x_ND, expert_NA, weight_NA)
+        return y_ND + self.shared_experts(x_ND), counts_E
+
+
+def recomputed(wanted: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(*args)`; if `wanted`, what autograd needs of its inside is computed again in backward, not kept."""
+    if wanted and torch.is_grad_enabled():
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return function(*args, **kwargs)
 
 
 class Block(nn.Module):
     """Attention, then a dense SwiGLU or experts, each behind a norm and added to the fp32 residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, recompute: Recompute, paths: OpsConfig):
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.recompute = dtype, recompute
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MLA(config, layer)
+        self.self_attn = MLA(config, layer, paths.attention)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         dense = layer < min(config.first_k_dense_replace, config.num_hidden_layers)  # MTP layers always route
-        self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else DeepSeekMoE(config)
+        self.mlp = (
+            MLP(config.hidden_size, config.intermediate_size)
+            if dense
+            else DeepSeekMoE(config, paths.experts, recompute=recompute == "selective")
+        )
 
     def forward(
-        self, x_BTD: Tensor, rope_BTR: Tensor, positions_BT: Tensor | None = None, cache: LatentCache | None = None
+        self,
+        x_BTD: Tensor,
+        rope_BTR: Tensor,
+        positions_BT: Tensor | None = None,
+        cache: LatentCache | None = None,
+        chosen: Chosen = None,
     ) -> tuple[Tensor, Routing | None]:
         h_BTD = self.input_layernorm(x_BTD, self.dtype)
         x_BTD = x_BTD + self.self_attn(h_BTD, rope_BTR, positions_BT, cache)
         h_BTD = self.post_attention_layernorm(x_BTD, self.dtype)
-        y_BTD, routing = self.mlp(h_BTD) if isinstance(self.mlp, DeepSeekMoE) else (self.mlp(h_BTD), None)
-        return x_BTD + y_BTD, routing
+        if isinstance(self.mlp, DeepSeekMoE):
+            y_BTD, routing = self.mlp(h_BTD, chosen)
+            return x_BTD + y_BTD, routing
+        return x_BTD + recomputed(self.recompute == "selective", self.mlp, h_BTD), None
 
 
 class SharedHead(nn.Module):
@@ -314,8 +351,16 @@ class MTP(Block):
     Embedding and head are the main model's; a tuple keeps the embedding from being registered twice.
     """
 
-    def __init__(self, config: ModelConfig, depth: int, dtype: torch.dtype, embed_tokens: nn.Embedding):
-        super().__init__(config, config.num_hidden_layers + depth, dtype)
+    def __init__(
+        self,
+        config: ModelConfig,
+        depth: int,
+        dtype: torch.dtype,
+        recompute: Recompute,
+        paths: OpsConfig,
+        embed_tokens: nn.Embedding,
+    ):
+        super().__init__(config, config.num_hidden_layers + depth, dtype, recompute, paths)
         self.shared = (embed_tokens,)
         self.rotary = RotaryEmbedding(config)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -329,12 +374,13 @@ class MTP(Block):
         tokens_BT: Tensor,
         positions_BT: Tensor | None = None,
         cache: LatentCache | None = None,
+        chosen: Chosen = None,
     ) -> tuple[Tensor, Routing | None]:
         """`tokens_BT[:, i]` is the token one past what `hidden_BTD[:, i]` has seen. Returns the normed state."""
         embedded_BTD = self.enorm(F.embedding(tokens_BT, self.shared[0].weight), self.dtype)
         x_BTD = self.eh_proj(torch.cat((embedded_BTD, self.hnorm(hidden_BTD, self.dtype)), -1)).float()
         rope_BTR = self.rotary(arange_positions(tokens_BT) if positions_BT is None else positions_BT)
-        x_BTD, routing = super().forward(x_BTD, rope_BTR, positions_BT, cache)
+        x_BTD, routing = super().forward(x_BTD, rope_BTR, positions_BT, cache, chosen)
         return self.shared_head.norm(x_BTD, self.dtype), routing
 
 
@@ -360,10 +406,12 @@ class Output(NamedTuple):
 class Trunk(nn.Module):
     """The checkpoint's `model.` prefix: embedding, blocks and final norm."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, recompute: Recompute, paths: OpsConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer, dtype) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(config, layer, dtype, recompute, paths) for layer in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -371,17 +419,27 @@ class DeepSeekV3(nn.Module):
     """The whole model. Build it on `meta`, `to_empty(device=...)`, then `init_weights` or load.
 
     Args:
-        dtype: arithmetic of the matrix products. recompute: recompute each block in backward instead of storing it.
+        dtype: arithmetic of the matrix products. recompute: what is computed again in backward instead of stored: whole
+            blocks ("full"), or their SwiGLUs and experts ("selective"); never which experts a token goes to.
+        paths: the forms that the expensive operations take (`ops.py`, `losses.py`).
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, *, recompute: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.float32,
+        *,
+        recompute: Recompute = "none",
+        paths: OpsConfig = OpsConfig(),  # noqa: B008  # frozen
+    ):
         super().__init__()
-        self.config, self.dtype, self.recompute = config, dtype, recompute
+        self.config, self.dtype, self.recompute, self.paths = config, dtype, recompute, paths
         self.rotary = RotaryEmbedding(config)
-        self.model = Trunk(config, dtype)
+        self.model = Trunk(config, dtype, recompute, paths)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.mtp = nn.ModuleList(
-            MTP(config, depth, dtype, self.model.embed_tokens) for depth in range(config.num_nextn_predict_layers)
+            MTP(config, depth, dtype, recompute, paths, self.model.embed_tokens)
+            for depth in range(config.num_nextn_predict_layers)
         )
 
     def forward(
@@ -428,9 +486,8 @@ class DeepSeekV3(nn.Module):
         return self.lm_head(hidden).float()
 
     def _run(self, block: nn.Module, *args: Tensor | LatentCache | None) -> tuple[Tensor, Routing | None]:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
-        return block(*args)
+        full = self.recompute == "full"
+        return recomputed(full, block, *args, chosen=[] if full else None)
 
     def _losses(
         self,
@@ -457,19 +514,21 @@ class DeepSeekV3(nn.Module):
         if weights is None:
             weight_X = 1 / num_targets.clamp(min=1)
             weights = LossWeights()
-        else:
-            weight_X = torch.tensor((weights.main, *weights.mtp), dtype=torch.float32, device=hidden_BTD.device)
-        loss, nats_M, correct_M = losses.linear_cross_entropy(
+        else:  # filled, not copied: a copy would wait for a GPU
+            both = (weights.main, *weights.mtp)
+            weight_X = torch.stack([torch.full((), weight, device=hidden_BTD.device) for weight in both])
+        loss, nats, num_correct = losses.linear_cross_entropy(
             torch.cat([state.flatten(0, 1) for state in states]),
             self.lm_head.weight,
-            target_XN.flatten(),
-            weight_X.repeat_interleave(target_XN.shape[1]),
+            target_XN,
+            weight_X,
+            path=self.paths.loss,
         )
         return Output(
             loss=loss + weights.balance * balance,
-            nats=nats_M.view_as(target_XN).sum(1),
+            nats=nats,
             num_targets=num_targets,
-            num_correct=correct_M.view_as(target_XN).sum(1),
+            num_correct=num_correct,
             balance=balance.detach(),
             expert_counts=torch.stack([routing.counts_E for routing in routings])
             if routings
@@ -502,74 +561,3 @@ def moe_layers(model: DeepSeekV3) -> list[DeepSeekMoE]:
     """The MoE layers in the order of `Output.expert_counts`."""
     blocks: Sequence[nn.Module] = [*model.model.layers, *model.mtp]
     return [block.mlp for block in blocks if isinstance(block.mlp, DeepSeekMoE)]  # type: ignore[misc]
-
-
-class Counts(NamedTuple):
-    """Numbers of parameters. Router biases are buffers, counted apart; the MTP file's copies are counted nowhere."""
-
-    total: int  # main model with embedding and head
-    active: int  # used for one token: no embedding, no head, A of E routed experts
-    head: int
-    embedding: int
-    mtp: int  # all MTP layers
-    mtp_active: int
-    router_bias: int  # entries, of the main model
-    parts: dict[str, int]  # of the main model
-
-    @property
-    def active_with_head(self) -> int:
-        return self.active + self.head
-
-
-PARTS = ("embedding", "attention", "dense MLP", "routed experts", "shared experts", "router", "norms", "head")
-
-
-def _part(name: str) -> str:
-    if "layernorm" in name or "norm." in name:
-        return "norms"
-    for key, part in (
-        ("embed_tokens", "embedding"), ("lm_head", "head"), ("self_attn", "attention"),
-        ("shared_experts", "shared experts"), ("mlp.experts", "routed experts"), ("mlp.gate.", "router"),
-    ):  # fmt: skip
-        if key in name:
-            return part
-    return "dense MLP"
-
-
-def count_parameters(model: DeepSeekV3) -> Counts:
-    """Counts by part; works on `meta`."""
-    parts: dict[str, int] = dict.fromkeys(PARTS, 0)
-    idle = {"main": 0.0, "mtp": 0.0}
-    mtp = 0
-    unused = 1 - model.config.num_experts_per_tok / model.config.n_routed_experts
-    for name, parameter in model.named_parameters():
-        part, is_mtp = _part(name), name.startswith("mtp.")
-        if is_mtp:
-            mtp += parameter.numel()
-        else:
-            parts[part] += parameter.numel()
-        if part == "routed experts":
-            idle["mtp" if is_mtp else "main"] += parameter.numel() * unused
-    total = sum(parts.values())
-    return Counts(
-        total=total,
-        active=round(total - parts["embedding"] - parts["head"] - idle["main"]),
-        head=parts["head"],
-        embedding=parts["embedding"],
-        mtp=mtp,
-        mtp_active=round(mtp - idle["mtp"]),
-        router_bias=sum(buffer.numel() for name, buffer in model.named_buffers() if not name.startswith("mtp.")),
-        parts=parts,
-    )
-
-
-def flops_per_token(config: ModelConfig, counts: Counts, seq_len: int, *, causal: bool = False) -> float:
-    """Floating-point operations of forward and backward per token, MTP included: 6 per active weight, and attention.
-
-    Attention counts all T keys per query, as PaLM and torchtitan do, or with `causal` half of them. Excluded:
-    embedding look-up, norms, softmax, recomputation, the optimizer.
-    """
-    depth = config.num_nextn_predict_layers
-    matrices = counts.active_with_head + counts.mtp_active + depth * counts.head
-    attention = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * seq_len
-    return 6.0 * (matrices + (config.num_hidden_layers + depth) * attention * (0.5 if causal else 1.0))

@@ -1,43 +1,85 @@
-"""The two expensive operations of a block, attention and routed experts, each beside a plain reference.
+"""The expensive operations of a block, attention and routed experts, in several forms, each beside a plain reference.
 
-Shapes are named as in `model.py`; `S` is the number of keys, `M` = N*A routed (token, expert) pairs.
+Which form ("path") is taken can be given by name; "auto" decides by device, dtype and shape. `probe.py` times the paths
+of `candidates` at the start of a run. Shapes are named as in `model.py`; `S` is the number of keys in attention and of
+slots in the experts, `M` = N*A routed (token, expert) pairs.
 """
 
 from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+FUSED = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+PLAIN_TOKENS = 512  # measured on AVX512-bf16: half the time of torch's fused CPU kernel up to here (LOG.md)
 
 
-def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, scale: float) -> Tensor:
+def attention_paths(device: torch.device, dtype: torch.dtype, num_tokens: int) -> list[str]:
+    """Paths worth considering here, the one that "auto" takes first.
+
+    sm_75 has no flash kernel and sm_80 to sm_89 no cuDNN kernel worth a try (performance.md, section 4): not measured.
+    """
+    if device.type == "cpu":
+        plain_first = dtype == torch.bfloat16 and num_tokens <= PLAIN_TOKENS
+        return ["plain", "sdpa"] if plain_first else ["sdpa", "plain"] if num_tokens <= 2 * PLAIN_TOKENS else ["sdpa"]
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (9, 0):
+        return ["sdpa", "cudnn", "flash"]
+    return ["sdpa", "flash", "efficient"] if capability >= (8, 0) else ["efficient"]
+
+
+def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, scale: float, path: str = "auto") -> Tensor:
     """Causal softmax attention, (B, H, T, V).
 
     Fused kernels want equal query, key and value widths; where they differ, the narrower side is padded with zeros,
     which changes neither scores nor values. The scale is explicit, so padding does not change it either.
+
+    Args:
+        path: "plain" (all scores in memory), "sdpa" (torch's fused attention), one of `FUSED` to insist on, or "auto".
     """
-    key_width, value_width = k_BHSK.shape[-1], v_BHSV.shape[-1]
-    if q_BHTK.device.type == "cpu" and q_BHTK.dtype == torch.bfloat16 and q_BHTK.shape[2] <= 512:
-        # Measured on AVX512-bf16: half the time of torch's fused CPU kernel up to here, forward and backward (LOG.md).
+    if path == "auto":
+        path = attention_paths(q_BHTK.device, q_BHTK.dtype, q_BHTK.shape[2])[0]
+    if path == "plain":
         return attention_plain(q_BHTK, k_BHSK, v_BHSV, scale=scale)
+    key_width, value_width = k_BHSK.shape[-1], v_BHSV.shape[-1]
     width = max(key_width, value_width)
     if key_width < width:
         q_BHTK, k_BHSK = F.pad(q_BHTK, (0, width - key_width)), F.pad(k_BHSK, (0, width - key_width))
     if value_width < width:
         v_BHSV = F.pad(v_BHSV, (0, width - value_width))
-    return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, is_causal=True, scale=scale)[..., :value_width]
+    if path == "sdpa":
+        out_BHTV = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, is_causal=True, scale=scale)
+    else:
+        with sdpa_kernel(FUSED[path]):
+            out_BHTV = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, is_causal=True, scale=scale)
+    return out_BHTV[..., :value_width]
 
 
 def attention_plain(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, scale: float) -> Tensor:
-    """What `attention` computes, with all scores in memory; products in the input's dtype, softmax in fp32."""
+    """What `attention` computes, with all scores in memory, in the input's dtype; softmax's arithmetic is fp32."""
     (batch, heads, num_queries, _), num_keys = q_BHTK.shape, k_BHSK.shape[2]
     hidden_TS = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_BHTK.device).triu(1)
     mask_TS = q_BHTK.new_zeros(num_queries, num_keys).masked_fill_(hidden_TS, float("-inf"))
-    q_XTK, k_XSK, v_XSV = (q_BHTK * scale).flatten(0, 1), k_BHSK.flatten(0, 1), v_BHSV.flatten(0, 1)
-    scores_XTS = torch.baddbmm(mask_TS.expand(batch * heads, -1, -1), q_XTK, k_XSK.mT)
-    out_XTV = scores_XTS.softmax(-1, dtype=torch.float32).to(v_XSV.dtype) @ v_XSV
+    q_XTK, k_XSK, v_XSV = q_BHTK.flatten(0, 1), k_BHSK.flatten(0, 1), v_BHSV.flatten(0, 1)
+    scores_XTS = torch.baddbmm(mask_TS.expand(batch * heads, -1, -1), q_XTK, k_XSK.mT, alpha=scale)
+    out_XTV = scores_XTS.softmax(-1) @ v_XSV
     return out_XTV.unflatten(0, (batch, heads))
+
+
+# --------------------------------------------------------------------------------------------------------------- norms
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -68,66 +110,126 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Ten
     return F.rms_norm(x.float(), weight_D.shape, weight_D.float(), eps).to(dtype)
 
 
+# ------------------------------------------------------------------------------------------------------------- experts
+
+
+def experts_paths(device: torch.device, dtype: torch.dtype, hidden: int, width: int) -> list[str]:
+    """Paths worth considering here, the one that "auto" takes first (performance.md, section 2.1; not measured)."""
+    grouped = ["grouped"] if _has_grouped_product(dtype, hidden, width) else []
+    if device.type == "cpu":
+        return ["padded", *grouped, "loop"]
+    capability = torch.cuda.get_device_capability(device)
+    if dtype != torch.bfloat16 or capability < (8, 0):
+        return ["padded", "loop"]
+    kernels = [name for name, package in (("triton", "triton"), ("liger", "liger_kernel")) if _installed(package)]
+    # Before sm_90 torch's grouped product copies the counts to the host and multiplies expert by expert.
+    return [*grouped, *kernels] if capability >= (9, 0) and grouped else [*kernels, "padded"]
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def liger_ops() -> Any:
+    """Liger's kernels; a path asks for them where they are installed only."""
+    import liger_kernel.ops
+
+    return liger_kernel.ops
+
+
+def _has_grouped_product(dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether `F.grouped_mm` (torch 2.10) takes these: fp32 and bf16, rows of whole 16 bytes, forward and backward."""
+    aligned = all(size * dtype.itemsize % 16 == 0 for size in sizes)
+    return aligned and dtype in (torch.float32, torch.bfloat16) and hasattr(F, "grouped_mm")
+
+
 class _ToSlots(torch.autograd.Function):
-    """Copy token n to the slots of its A pairs. A gather in backward, so that no gradient needs an atomic addition."""
+    """Row s of the result is the token of slot s. Gathers both ways: no gradient needs an atomic addition."""
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, slot_NA: Tensor, num_slots: int) -> Tensor:
+    def forward(ctx, x_ND: Tensor, slot_NA: Tensor, token_S: Tensor) -> Tensor:
         ctx.save_for_backward(slot_NA)
-        out_SD = x_ND.new_zeros(num_slots, x_ND.shape[1])
-        for slot_N in slot_NA.unbind(1):  # slots are distinct: A plain copies, no (M, D) temporary
-            out_SD.index_copy_(0, slot_N, x_ND)
-        return out_SD
+        return x_ND.index_select(0, token_S)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (slot_NA,) = ctx.saved_tensors
-        # Sums in fp32, rounded once.
-        grad_ND = grads[0].index_select(0, slot_NA[:, 0]).to(torch.promote_types(grads[0].dtype, torch.float32))
-        for slot_N in slot_NA.unbind(1)[1:]:
-            grad_ND += grads[0].index_select(0, slot_N)
-        return grad_ND.to(grads[0].dtype), None, None
+        return _sum_slots(grads[0], *ctx.saved_tensors), None, None
 
 
 class _FromSlots(torch.autograd.Function):
-    """Weighted sum over the A slots of every token: no (N, A, D) temporary, no atomic addition."""
+    """The sum over a token's A slots, (N, D)."""
 
     @staticmethod
-    def forward(ctx, y_SD: Tensor, slot_NA: Tensor, weight_NA: Tensor) -> Tensor:
-        ctx.save_for_backward(y_SD, slot_NA, weight_NA)
-        wide = torch.promote_types(y_SD.dtype, torch.float32)  # sums in fp32, rounded once
-        out_ND = y_SD.new_zeros(slot_NA.shape[0], y_SD.shape[1], dtype=wide)
-        for slot_N, weight_N in zip(slot_NA.unbind(1), weight_NA.unbind(1), strict=True):
-            out_ND.addcmul_(y_SD.index_select(0, slot_N), weight_N[:, None])
-        return out_ND.to(y_SD.dtype)
+    def forward(ctx, y_SD: Tensor, slot_NA: Tensor, token_S: Tensor) -> Tensor:
+        ctx.save_for_backward(token_S)
+        return _sum_slots(y_SD, slot_NA)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, Tensor]:
-        y_SD, slot_NA, weight_NA = ctx.saved_tensors
-        grad_SD, grad_weight_NA = torch.zeros_like(y_SD), torch.empty_like(weight_NA)
-        for place, (slot_N, weight_N) in enumerate(zip(slot_NA.unbind(1), weight_NA.unbind(1), strict=True)):
-            grad_SD.index_copy_(0, slot_N, grads[0] * weight_N[:, None])
-            # A product, not a sum of rounded terms: small fp16 gradients would vanish in them.
-            grad_weight_NA[:, place] = (grads[0][:, None] @ y_SD.index_select(0, slot_N)[:, :, None]).flatten()
-        return grad_SD, None, grad_weight_NA
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, *ctx.saved_tensors), None, None
 
 
-def _sort_pairs(expert_NA: Tensor, counts_E: Tensor, width: int | None) -> Tensor:
-    """The slot of every pair, (N, A): pairs sorted by expert, each expert's padded to `width` if that is given."""
-    expert_M = expert_NA.flatten()
+def _sum_slots(y_SD: Tensor, slot_NA: Tensor) -> Tensor:
+    """Sum of rows in fp32, rounded once."""
+    num_active = slot_NA.shape[1]
+    if y_SD.device.type != "cpu":
+        return y_SD.index_select(0, slot_NA.flatten()).unflatten(0, (-1, num_active)).sum(1)
+    first_N, *others = slot_NA.t().contiguous().unbind(0)
+    out_ND = y_SD.index_select(0, first_N)
+    if num_active > 2 and y_SD.dtype.itemsize < 4:  # two addends are rounded once as they are
+        out_ND = out_ND.float()
+    for slot_N in others:
+        out_ND += y_SD.index_select(0, slot_N).to(out_ND.dtype)  # a mixed sum is slow on a CPU
+    return out_ND.to(y_SD.dtype)
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    """weight * silu(gate) * up, row by row; keeps its inputs only."""
+
+    @staticmethod
+    def forward(ctx, gate_up_XG: Tensor, weight_X1: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up_XG, weight_X1)
+        gate_XF, up_XF = gate_up_XG.chunk(2, dim=-1)
+        return F.silu(gate_XF).mul_(up_XF).mul_(weight_X1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate_up_XG, weight_X1 = ctx.saved_tensors
+        gate_XF, up_XF = gate_up_XG.chunk(2, dim=-1)
+        silu_XF = F.silu(gate_XF)
+        out_XF = silu_XF * up_XF
+        if out_XF.dtype == torch.float16:  # small gradients would vanish in rounded terms
+            out_XF = out_XF.float()
+        grad_weight_X1 = (out_XF * grads[0]).sum(-1, keepdim=True)
+        grad_XF = grads[0] * weight_X1
+        grad_gate_up_XG = torch.empty_like(gate_up_XG)
+        grad_gate_XF, grad_up_XF = grad_gate_up_XG.chunk(2, dim=-1)
+        torch.mul(grad_XF, silu_XF, out=grad_up_XF)
+        torch.ops.aten.silu_backward.grad_input(grad_XF.mul_(up_XF), gate_XF, grad_input=grad_gate_XF)
+        return grad_gate_up_XG, grad_weight_X1.to(weight_X1.dtype)
+
+
+def _slots(expert_NA: Tensor, counts_E: Tensor, width: int | None) -> tuple[Tensor, Tensor]:
+    """The slot of every pair, (N, A), and the token of every slot, (S): pairs sorted by expert.
+
+    With `width` each expert has that many slots. What is left over repeats token 0, and is to weigh nothing.
+    """
+    expert_M, num_active = expert_NA.flatten(), expert_NA.shape[1]
     order_M = expert_M.argsort(stable=True)
-    rank_M = torch.empty_like(order_M)
-    rank_M[order_M] = torch.arange(len(order_M), device=order_M.device)
-    if width is not None:
-        start_E = counts_E.cumsum(0) - counts_E
-        rank_M = expert_M * width + (rank_M - start_E[expert_M])
-    return rank_M.view_as(expert_NA)
+    place_M = torch.arange(len(order_M), device=order_M.device)
+    slot_M = torch.empty_like(order_M).scatter_(0, order_M, place_M)
+    if width is None:
+        return slot_M.view_as(expert_NA), order_M // num_active
+    start_E = counts_E.cumsum(0) - counts_E
+    slot_M += expert_M * width - start_E[expert_M]
+    token_S = order_M.new_zeros(len(counts_E) * width).scatter_(0, slot_M, place_M // num_active)
+    return slot_M.view_as(expert_NA), token_S
 
 
-def _has_grouped_product(x_ND: Tensor, gate_up_EGD: Tensor) -> bool:
-    """Whether `F.grouped_mm` (torch 2.10) takes these: fp32 and bf16, rows of whole 16 bytes, forward and backward."""
-    aligned = all(size * x_ND.element_size() % 16 == 0 for size in (x_ND.shape[1], gate_up_EGD.shape[1] // 2))
-    return aligned and x_ND.dtype in (torch.float32, torch.bfloat16) and hasattr(F, "grouped_mm")
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _grouped_product(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
@@ -140,35 +242,54 @@ def _split_product(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
     return torch.cat([F.linear(part, weight) for part, weight in parts])
 
 
+def _padded_product(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    return (x_SD.unflatten(0, (len(counts_E), -1)) @ weight_EFD.mT).flatten(0, 1)
+
+
+def _product(path: str) -> Product:
+    if path == "triton":
+        from triton_ops import grouped_product
+
+        return grouped_product
+    return {"padded": _padded_product, "grouped": _grouped_product, "loop": _split_product}[path]
+
+
 def grouped_experts(
-    x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+    x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, path: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Routed SwiGLU experts: `sum_a weight[n, a] * expert[n, a](x[n])`, (N, D), and the tokens per expert, (E,).
 
-    No loop, and no token is dropped. Pairs are sorted by expert; each expert's rows are padded to the longest and
-    multiplied as one batched product, the fastest form for small experts. When routing is so uneven that padding
-    costs more, the unpadded rows go through a grouped product, or where torch has none for them, expert by expert.
+    Pairs are sorted by expert, multiplied, and gathered; no token is dropped, no addition atomic (but in "liger").
 
     Args:
         expert_NA: chosen experts, int64. weight_NA: their weights, fp32.
         gate_up_EGD: (E, 2F, D), gate rows first. down_EDF: (E, D, F). Both are cast to x's dtype.
+        path: "padded" (one batched product, each expert's rows padded to the busiest's; where routing is so uneven that
+            this costs more, one of the next two), "grouped" (`F.grouped_mm`), "loop" (expert by expert), "triton" (a
+            kernel of ours), "liger" (a kernel of Liger's), or "auto".
     """
-    num_experts, num_pairs = gate_up_EGD.shape[0], expert_NA.numel()
-    counts_E = torch.bincount(expert_NA.flatten(), minlength=num_experts)
+    num_experts, hidden, width = down_EDF.shape
+    counts_E = expert_NA.new_zeros(num_experts)  # torch.bincount would wait for a GPU
+    counts_E = counts_E.scatter_add_(0, expert_NA.flatten(), torch.ones_like(expert_NA).flatten())
     gate_up_EGD, down_EDF = gate_up_EGD.to(x_ND.dtype), down_EDF.to(x_ND.dtype)
-    width = int(counts_E.max())
-    grouped = _has_grouped_product(x_ND, gate_up_EGD)
-    most = 1.25 if grouped and x_ND.device.type == "cpu" else 2.0  # measured on AVX512-bf16; on a GPU a guess
-    if num_experts * width > most * num_pairs + 8 * num_experts:
-        slot_NA = _sort_pairs(expert_NA, counts_E, None)
-        x_SD = _ToSlots.apply(x_ND, slot_NA, num_pairs)
-        product = _grouped_product if grouped else _split_product
-        y_SD = product(swiglu(product(x_SD, gate_up_EGD, counts_E)), down_EDF, counts_E)
-    else:
-        slot_NA = _sort_pairs(expert_NA, counts_E, width)
-        x_EWD = _ToSlots.apply(x_ND, slot_NA, num_experts * width).view(num_experts, width, -1)
-        y_SD = (swiglu(x_EWD @ gate_up_EGD.mT) @ down_EDF.mT).flatten(0, 1)
-    return _FromSlots.apply(y_SD, slot_NA, weight_NA.to(x_ND.dtype)), counts_E  # type: ignore[return-value]
+    if path == "auto":
+        path = experts_paths(x_ND.device, x_ND.dtype, hidden, width)[0]
+    if path == "liger":
+        experts = liger_ops().LigerFusedMoEFunction.apply
+        return experts(x_ND, gate_up_EGD, down_EDF, expert_NA.to(torch.int32), weight_NA), counts_E
+    longest = None
+    if path == "padded":
+        longest = int(counts_E.max())
+        cpu_grouped = x_ND.device.type == "cpu" and _has_grouped_product(x_ND.dtype, hidden, width)
+        # 1.25: measured on AVX512-bf16 (LOG.md). 1.6: a guess for sm_75 (performance.md, section 2.1).
+        if num_experts * longest > (1.25 if cpu_grouped else 1.6) * expert_NA.numel() + 8 * num_experts:
+            path, longest = "grouped" if cpu_grouped else "loop", None
+    product = _product(path)
+    slot_NA, token_S = _slots(expert_NA, counts_E, longest)
+    weight_S = weight_NA.new_zeros(len(token_S)).scatter(0, slot_NA.flatten(), weight_NA.flatten()).to(x_ND.dtype)
+    x_SD = _ToSlots.apply(x_ND, slot_NA, token_S)
+    h_SF = _WeightedSwiGLU.apply(product(x_SD, gate_up_EGD, counts_E), weight_S[:, None])  # type: ignore[arg-type]
+    return _FromSlots.apply(product(h_SF, down_EDF, counts_E), slot_NA, token_S), counts_E  # type: ignore[arg-type]
 
 
 def grouped_experts_reference(
@@ -178,12 +299,7 @@ def grouped_experts_reference(
     y_ND = torch.zeros_like(x_ND)
     for expert, (gate_up_GD, down_DF) in enumerate(zip(gate_up_EGD, down_EDF, strict=True)):
         weight_N = (weight_NA * (expert_NA == expert)).sum(1, keepdim=True)
-        out_ND = F.linear(swiglu(F.linear(x_ND, gate_up_GD.to(x_ND.dtype))), down_DF.to(x_ND.dtype))
+        gate_NF, up_NF = F.linear(x_ND, gate_up_GD.to(x_ND.dtype)).chunk(2, dim=-1)
+        out_ND = F.linear(F.silu(gate_NF) * up_NF, down_DF.to(x_ND.dtype))
         y_ND = y_ND + weight_N.to(x_ND.dtype) * out_ND
     return y_ND, torch.bincount(expert_NA.flatten(), minlength=gate_up_EGD.shape[0])
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up over the last dimension, whose first half is the gate."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up

@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +20,19 @@ from torch import Tensor, nn
 from config import OptimConfig
 from model import DeepSeekV3, moe_layers
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic of Keller Jordan's Newton-Schulz iteration
 NS_STEPS = 5
 NS_BATCH_ELEMENTS = 2**25  # orthogonalised at once, unless one parameter is larger: about 0.5 GiB of temporaries
 
 
-def newton_schulz(matrix_XAB: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nearest semi-orthogonal matrices, roughly: singular values end within about 0.7..1.2. (X, A, B) with A <= B."""
+def newton_schulz(x_XAB: Tensor) -> Tensor:
+    """Nearest semi-orthogonal matrices, roughly: singular values end within about 0.7..1.2.
+
+    Args:
+        x_XAB: matrices of Frobenius norm 1 with A <= B; the arithmetic is that of their dtype.
+    """
     a, b, c = NS_COEFFICIENTS
-    norm_X11 = torch.linalg.matrix_norm(matrix_XAB.float(), keepdim=True).clamp(min=1e-7)
-    x_XAB = (matrix_XAB / norm_X11).to(dtype)
     for _ in range(NS_STEPS):
         gram_XAA = torch.bmm(x_XAB, x_XAB.mT)
         poly_XAA = torch.baddbmm(gram_XAA, gram_XAA, gram_XAA, beta=b, alpha=c)
@@ -49,50 +53,87 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self, params: Iterable, lr: float, *, momentum: float = 0.95, weight_decay: float = 0.1,
-        ns_dtype: torch.dtype = torch.bfloat16,
+        ns_dtype: torch.dtype = torch.bfloat16, momentum_dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "split": 1})
-        self.ns_dtype = ns_dtype
+        self.ns_dtype, self.momentum_dtype = ns_dtype, momentum_dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        buckets: dict[tuple[int, int], list[tuple[Tensor, Tensor, dict]]] = defaultdict(list)
+        buckets: dict[tuple[int, int], list[_Matrices]] = defaultdict(list)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                rows, cols = parameter.shape[-2] // group["split"], parameter.shape[-1]
-                buckets[min(rows, cols), max(rows, cols)].append((parameter, state["momentum"], group))
+                    state["momentum"] = torch.zeros_like(parameter, dtype=self.momentum_dtype)
+                weight, grad, momentum = (
+                    as_matrices(tensor, group["split"]) for tensor in (parameter, parameter.grad, state["momentum"])
+                )
+                for part in _Matrices(weight, grad, momentum, group).parts():
+                    buckets[part.shape].append(part)
         for entries in buckets.values():
             for batch in _batches(entries):
                 self._update(batch)
 
-    def _update(self, batch: list[tuple[Tensor, Tensor, dict]]) -> None:
-        directions = []
-        for parameter, momentum, group in batch:
-            nesterov = as_matrices(parameter.grad.lerp(momentum, group["momentum"]), group["split"])  # type: ignore[union-attr]
-            directions.append(nesterov if nesterov.shape[-2] <= nesterov.shape[-1] else nesterov.mT)
-        done = newton_schulz(torch.cat(directions), self.ns_dtype).split([len(d) for d in directions])
-        for (parameter, _, group), direction in zip(batch, done, strict=True):
-            matrices = as_matrices(parameter, group["split"])
-            if matrices.shape[-2] > matrices.shape[-1]:
-                direction = direction.mT
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            matrices.add_(direction, alpha=-group["lr"] * 0.2 * math.sqrt(max(matrices.shape[-2:])))
+    def _update(self, batch: list[_Matrices]) -> None:
+        short, long = batch[0].shape
+        x_XAB = batch[0].weight.new_empty(sum(len(part.weight) for part in batch), short, long, dtype=self.ns_dtype)
+        places = x_XAB.split([len(part.weight) for part in batch])
+        for part, place in zip(batch, places, strict=True):
+            nesterov = part.moved_momentum()
+            norm_X11 = torch.linalg.matrix_norm(nesterov, keepdim=True).clamp_(min=1e-7)
+            place.copy_(part.upright(nesterov.div_(norm_X11)))
+        for part, direction in zip(batch, newton_schulz(x_XAB).split([len(place) for place in places]), strict=True):
+            lr = part.group["lr"]
+            part.weight.mul_(1 - lr * part.group["weight_decay"])
+            part.upright(part.weight).add_(direction, alpha=-lr * 0.2 * math.sqrt(long))
 
 
-def _batches(entries: list[tuple[Tensor, Tensor, dict]]) -> Iterator[list[tuple[Tensor, Tensor, dict]]]:
+class _Matrices(NamedTuple):
+    """Views (X, rows, cols) of one parameter, or of some of its stacked matrices."""
+
+    weight: Tensor
+    grad: Tensor
+    momentum: Tensor
+    group: dict[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shorter side, the longer."""
+        rows, cols = self.weight.shape[-2:]
+        return min(rows, cols), max(rows, cols)
+
+    def upright(self, matrices: Tensor) -> Tensor:
+        """With the shorter side first."""
+        return matrices if self.weight.shape[-2] <= self.weight.shape[-1] else matrices.mT
+
+    def parts(self) -> Iterator[_Matrices]:
+        """Few enough at a time for NS_BATCH_ELEMENTS."""
+        at_once = max(1, NS_BATCH_ELEMENTS // (self.shape[0] * self.shape[1]))
+        for start in range(0, len(self.weight), at_once):
+            part = slice(start, start + at_once)
+            yield _Matrices(self.weight[part], self.grad[part], self.momentum[part], self.group)
+
+    def moved_momentum(self) -> Tensor:
+        """Move the momentum; the Nesterov direction, fp32."""
+        share = 1 - self.group["momentum"]
+        if self.momentum.dtype == self.grad.dtype:
+            return torch.lerp(self.momentum.lerp_(self.grad, share), self.grad, share)
+        momentum = self.momentum.float().lerp_(self.grad, share)
+        self.momentum.copy_(momentum)
+        return momentum.lerp_(self.grad, share)
+
+
+def _batches(entries: list[_Matrices]) -> Iterator[list[_Matrices]]:
     batch, size = [], 0
     for entry in entries:
-        if batch and size + entry[0].numel() > NS_BATCH_ELEMENTS:
+        if batch and size + entry.weight.numel() > NS_BATCH_ELEMENTS:
             yield batch
             batch, size = [], 0
         batch.append(entry)
-        size += entry[0].numel()
+        size += entry.weight.numel()
     yield batch
 
 
@@ -104,8 +145,9 @@ def uses_muon(name: str, parameter: Tensor) -> bool:
 class Optimizers:
     """The optimizers of a model as one: one learning rate, state keyed by parameter name."""
 
-    def __init__(self, model: DeepSeekV3, config: OptimConfig, *, ns_dtype: torch.dtype):
+    def __init__(self, model: DeepSeekV3, config: OptimConfig):
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        ns_dtype = model.dtype if config.ns_dtype == "auto" else DTYPES[config.ns_dtype]
         muon, adamw = [], []
         for parameter, name in self.names.items():
             if config.name == "muon" and uses_muon(name, parameter):
@@ -118,9 +160,8 @@ class Optimizers:
             torch.optim.AdamW(adamw, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
         ]
         if muon:
-            self.all.append(
-                Muon(muon, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, ns_dtype=ns_dtype)
-            )
+            muon_options = {"momentum": config.momentum, "weight_decay": config.weight_decay, "ns_dtype": ns_dtype}
+            self.all.append(Muon(muon, config.lr, **muon_options, momentum_dtype=DTYPES[config.momentum_dtype]))
 
     def step(self, lr: float) -> None:
         for optimizer in self.all:

@@ -169,6 +169,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return 2 * size**3 / best, f"{name}, measured product of {size}x{size} matrices"
 
 
+def usable_memory(device: torch.device) -> int:
+    """Bytes of a GPU that this process may take: all, or its fraction. What others hold now does not count: a run's
+    shape should not depend on it."""
+    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    return int(torch.cuda.get_device_properties(device).total_memory * fraction)
+
+
 def peak_memory_gib(device: torch.device) -> float | None:
     """The largest memory so far: allocated on a GPU, resident on a CPU; None where the system does not tell."""
     if device.type == "cuda":

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from config import Config, ModelConfig, to_yaml
+from counts import Counts, count_parameters, flops_per_token
 from losses import CHUNK_LOGITS
-from model import Counts, DeepSeekV3, count_parameters, flops_per_token
+from model import DeepSeekV3
 from optim import uses_muon
 from tracker import duration
 
 
-def meta_model(config: ModelConfig, dtype: torch.dtype = torch.float32, *, recompute: bool = False) -> DeepSeekV3:
+def meta_model(config: ModelConfig, dtype: torch.dtype = torch.float32, **options: Any) -> DeepSeekV3:
     with torch.device("meta"):
-        return DeepSeekV3(config, dtype, recompute=recompute)
+        return DeepSeekV3(config, dtype, **options)
 
 
 def num_steps(config: Config, counts: Counts) -> int:
@@ -47,7 +49,7 @@ def memory_gib(config: Config, model: DeepSeekV3, *, compute_bytes: int) -> dict
     experts = cfg.num_experts_per_tok * (2 * cfg.hidden_size + 5 * cfg.moe_intermediate_size)
     shared = 5 * cfg.n_shared_experts * cfg.moe_intermediate_size
     block = compute_bytes * (heads + latents + experts + shared + 4 * cfg.hidden_size) + 4 * 4 * cfg.hidden_size
-    if config.train.recompute:  # one block at a time
+    if config.train.recompute == "full":  # one block at a time
         sizes["weights cast for products"] //= layers
     kept = 4 * cfg.hidden_size * layers + block if config.train.recompute else block * layers
     heads_state = (1 + cfg.num_nextn_predict_layers) * compute_bytes * 2 * cfg.hidden_size

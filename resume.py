@@ -29,10 +29,10 @@ MAY_DIFFER = {  # from the model of train.init_from: what no tensor's shape or m
 STATE_FILE = "training_state.json"
 RUN_FILES = {"config.yaml", "metrics.jsonl", "samples.md", "checkpoints", "metrics.tmp", "samples.tmp"}
 # What may change on resume: it decides how long, how visibly and how comfortably a run goes on, not what it learns.
-FREE_SECTIONS = ("run", "log", "eval", "sample", "checkpoint")
+FREE_SECTIONS = ("run", "ops", "log", "eval", "sample", "checkpoint")
 FREE_KEYS = {
     "data.workers", "train.steps", "train.tokens_per_active_param", "train.micro_batch", "train.recompute",
-    "train.init_from",
+    "train.compile", "train.init_from",
 }  # fmt: skip
 
 
@@ -51,6 +51,7 @@ class TrainState:
     skipped_steps: int = 0
     cursor: dict[str, int] = field(default_factory=dict)
     loss_scale: dict[str, Any] = field(default_factory=dict)
+    ops: dict[str, str] = field(default_factory=dict)  # the paths taken, see probe.py
 
     def to_json(self) -> bytes:
         return (json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, sort_keys=True) + "\n").encode()

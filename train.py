@@ -19,22 +19,25 @@ from typing import TYPE_CHECKING, Any
 
 import config as configuration
 import environment
-from config import Config, UserError
+from config import Config, OpsConfig, UserError
 from options import Parser
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerFast
 
+    from counts import Counts
     from data import Batch, Loader, Validation
     from metrics import Clock
-    from model import Counts, DeepSeekV3
+    from model import DeepSeekV3
     from optim import LossScale, Optimizers
     from parallel import Mesh
     from resume import TrainState
     from sources import Manifest
     from tracker import Tracker
 
+CPU_MICRO_TOKENS = 2048  # tokens at a time that a CPU's caches like: measured at the quickstart's shapes (LOG.md)
 DIVERGED_AFTER = 20  # steps in a row without a finite gradient
 EXIT_CODES = "exit codes: 0 finished, 1 failed, 2 bad input, 130 stopped by SIGINT, 143 by SIGTERM (step saved)"
 
@@ -81,7 +84,7 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
     )
     nothing = LossWeights(0.0, (0.0,) * depth, 0.0)
     most = -(-rows // mesh.world_size)
-    parts = micro_batches(len(batch.tokens), -(-most // config.train.micro_batch))
+    parts = micro_batches(len(batch.tokens), -(-most // config.micro_rows))
     alone = run.replica is run.model  # DDP's buckets are the gradients: dropping them would make every one twice
     run.optimizers.zero_grad(set_to_none=alone)
     sums: Tensor | None = None
@@ -151,17 +154,15 @@ class StopFlag:
 
 def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False) -> int:
     """Train to the end or to a signal; the process's exit code."""
-    import checkpoint
-    import convert
     import data
     import evals
     import parallel
     import plan
+    import probe
     import resume
     import tokenizer as tokenizers
+    from counts import count_parameters, flops_per_token
     from metrics import Clock
-    from model import count_parameters, flops_per_token, init_weights
-    from optim import LossScale, Optimizers
     from tracker import Tracker
 
     run_dir = Path(config.run.dir)
@@ -174,8 +175,8 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False)
         precision = parallel.pick_precision(config.train.precision, mesh.device)
         parallel.set_arithmetic(precision, mesh.device)
         dtype = parallel.DTYPES[precision]
-        model = plan.meta_model(config.model, dtype, recompute=config.train.recompute)
-        counts = count_parameters(model)
+        config = config.with_micro_batch(mesh.from_main(on_main(mesh, lambda: fitting_rows(config, mesh, dtype))))
+        counts = count_parameters(plan.meta_model(config.model))
         steps = plan.num_steps(config, counts)
         flops = flops_per_token(config.model, counts, config.data.seq_len)
         peak, peak_name = parallel.peak_flops(mesh.device, dtype)
@@ -196,25 +197,17 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False)
         else:
             state = resume.TrainState(resume.learned(config), manifest.fingerprint, fingerprint, precision)
 
-        model.to_empty(device=mesh.device)
-        init_weights(model, config.train.seed)
-        ns_dtype = parallel.DTYPES["bf16" if precision == "bf16" else "fp32"]
-        if config.optim.ns_dtype != "auto":
-            ns_dtype = parallel.DTYPES[config.optim.ns_dtype]
-        optimizers = Optimizers(model, config.optim, ns_dtype=ns_dtype)
-        scale = LossScale(dynamic=True, value=2.0**13) if precision == "fp16" else LossScale()
-        if start is not None:
-            model.load_state_dict(convert.load(start)[1])
-            optimizers.load(checkpoint.load(start, "optimizer"))
-            scale = LossScale(**state.loss_scale) if scale.dynamic and state.loss_scale else scale
-        elif config.train.init_from is not None:
-            resume.load_initial_weights(model, config)
+        paths, told = mesh.from_main(on_main(mesh, lambda: probe.choose(config, mesh.device, dtype, state.ops)))
+        state.ops = paths.model_dump()
+        model, optimizers, scale = build(config, mesh, precision, paths, state, start)
         mesh.from_main(on_main(mesh, lambda: make_folder(run_dir, afresh=resume_from == "never")))
         tracker = Tracker(run_dir if mesh.is_main else None, total_steps=steps, first_step=state.step)
         run = Run(config, mesh, model, parallel.parallelize(model, mesh), optimizers, scale, steps, stop, tracker)
         if mesh.is_main:
             (run_dir / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
             announce(run, counts, state, start, held_out, f"{precision} on {peak_name}: {peak / 1e12:.2f} TFLOP/s")
+            for line in told:
+                tracker.note(line)
         loader = data.loader(
             manifest, tokenizer, seq_len=config.data.seq_len, extra=tokens_ahead(config), rows=config.rows_per_step,
             rank=mesh.rank, world_size=mesh.world_size, seed=config.train.seed,
@@ -251,7 +244,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False)
                 scores = {}
                 if last or state.step % config.eval.every_steps == 0:
                     tracker.progress(state.step, "evaluating")
-                    scores = evals.evaluate(model, held_out, rows=config.train.micro_batch, mesh=mesh)
+                    scores = evals.evaluate(model, held_out, rows=config.micro_rows, mesh=mesh)
                 if scores or last or state.step % config.log.every_steps == 0:
                     tracker.log(state.step, log_entry(run, state, batch, metrics, clock, flops / peak) | scores)
                 if last or state.step % config.sample.every_steps == 0:
@@ -317,6 +310,50 @@ def on_main(mesh: Mesh, make: Callable[[], Any]) -> Any:
         return make()
     except UserError as error:
         return error
+
+
+def fitting_rows(config: Config, mesh: Mesh, dtype: torch.dtype) -> int:
+    """`train.micro_batch`; for auto the most that fit: on a GPU by the predicted peak, on a CPU its caches."""
+    if config.train.micro_batch is not None:
+        return config.train.micro_batch
+    most = -(-config.rows_per_step // mesh.world_size)
+    if mesh.device.type == "cpu":
+        return min(most, max(1, CPU_MICRO_TOKENS // config.data.seq_len))
+    import memory
+    from parallel import usable_memory
+
+    return memory.largest_micro_batch(
+        config, dtype=dtype, available=usable_memory(mesh.device), world_size=mesh.world_size
+    )
+
+
+def build(
+    config: Config, mesh: Mesh, precision: str, paths: OpsConfig, state: TrainState, start: Path | None
+) -> tuple[DeepSeekV3, Optimizers, LossScale]:
+    """Model, optimizers and loss scale: of the checkpoint, from `train.init_from`, or new."""
+    import checkpoint
+    import convert
+    import plan
+    import resume
+    from model import init_weights
+    from optim import LossScale, Optimizers
+    from parallel import DTYPES
+
+    model = plan.meta_model(config.model, DTYPES[precision], recompute=config.train.recompute, paths=paths)
+    model.to_empty(device=mesh.device)
+    init_weights(model, config.train.seed)
+    optimizers = Optimizers(model, config.optim)
+    scale = LossScale(dynamic=True, value=2.0**13) if precision == "fp16" else LossScale()
+    if start is not None:
+        model.load_state_dict(convert.load(start)[1])
+        optimizers.load(checkpoint.load(start, "optimizer"))
+        scale = LossScale(**state.loss_scale) if scale.dynamic and state.loss_scale else scale
+    elif config.train.init_from is not None:
+        resume.load_initial_weights(model, config)
+    if config.train.compile:
+        for block in [*model.model.layers, *model.mtp]:
+            block.compile(dynamic=False)
+    return model, optimizers, scale
 
 
 def tokens_ahead(config: Config) -> int:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules lie beside this folder
 
 import config
-from model import count_parameters, flops_per_token
+from counts import count_parameters, flops_per_token
 from plan import meta_model
 
 README = config.CONFIGS / "README.md"

@@ -19,7 +19,7 @@ import data
 import sources
 import tokenizer
 import tracker
-from config import SourceConfig
+from config import OpsConfig, SourceConfig
 from data import Validation
 from evals import evaluate
 from model import DeepSeekV3
@@ -82,7 +82,7 @@ def counted(model: DeepSeekV3, seen: list[int]) -> Any:
         seen.append(len(tokens))
         return model.hidden(tokens)
 
-    return SimpleNamespace(hidden=hidden, lm_head=model.lm_head)
+    return SimpleNamespace(hidden=hidden, lm_head=model.lm_head, paths=model.paths)
 
 
 def test_rows_at_a_time_change_nothing(model: DeepSeekV3, held_out: Validation) -> None:
@@ -143,7 +143,9 @@ def test_no_held_out_document_is_no_score() -> None:
 def test_scores_that_are_not_finite_are_null(tmp_path: Path) -> None:
     """A model on its way to infinity still gets its metrics line and its checkpoint."""
     model: Any = SimpleNamespace(
-        hidden=lambda tokens: (torch.full((1, 2, 3), float("inf")), []), lm_head=torch.nn.Linear(3, 5)
+        paths=OpsConfig(),
+        hidden=lambda tokens: (torch.full((1, 2, 3), float("inf")), []),
+        lm_head=torch.nn.Linear(3, 5),
     )
     rows = torch.zeros(1, 2, dtype=torch.int64)
     mesh = Mesh(0, 1, torch.device("cpu"))

@@ -2,50 +2,72 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import losses
 
 
-def problem(dtype: torch.dtype, rows: int = 21, vocabulary: int = 37):
+def problem(dtype: torch.dtype, rows: int = 21, vocabulary: int = 37, heads: int = 2):
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(rows, 8, generator=generator).to(dtype).requires_grad_()
+    hidden = torch.randn(heads * rows, 8, generator=generator).to(dtype).requires_grad_()
     head = torch.randn(vocabulary, 8, generator=generator).requires_grad_()
-    target = torch.randint(vocabulary, (rows,), generator=generator)
-    target[[2, 7]] = losses.IGNORE
-    weight = torch.rand(rows, generator=generator)
+    target = torch.randint(vocabulary, (heads, rows), generator=generator)
+    target[0, [2, 7]] = losses.IGNORE
+    weight = torch.rand(heads, generator=generator)
     return hidden, head, target, weight
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunk_logits", [1, 37 * 5, 10**6])
-def test_chunked_equals_plain(dtype: torch.dtype, chunk_logits: int) -> None:
-    hidden, head, target, weight = problem(dtype)
-    loss, nats, correct = losses.linear_cross_entropy(hidden, head, target, weight, chunk_logits=chunk_logits)
+def assert_equals_plain(dtype: torch.dtype, *, counted: bool = True, device: str = "cpu", **options: Any) -> None:
+    hidden, head, target, weight = (tensor.to(device) for tensor in problem(dtype))
+    hidden, head = hidden.detach().requires_grad_(), head.detach().requires_grad_()
+    loss, nats, correct = losses.linear_cross_entropy(hidden, head, target, weight, **options)
     plain_loss, plain_nats, plain_correct = losses.linear_cross_entropy_reference(hidden, head, target, weight)
-    atol = 1e-5 if dtype == torch.float32 else 4e-2
-    torch.testing.assert_close(loss, plain_loss, atol=atol, rtol=1e-5 if dtype == torch.float32 else 1e-2)
-    torch.testing.assert_close(nats, plain_nats, atol=atol, rtol=1e-2)
-    assert torch.equal(correct, plain_correct & (target != losses.IGNORE))
+    atol, rtol = (1e-4, 1e-5) if dtype == torch.float32 else (4e-2, 1e-2)
+    torch.testing.assert_close(loss, plain_loss, atol=atol, rtol=rtol)
+    torch.testing.assert_close(nats, plain_nats, atol=atol, rtol=rtol)
+    assert torch.equal(correct, plain_correct) if counted else correct.isnan().all()
     ours = torch.autograd.grad(loss * 3, (hidden, head))  # an incoming gradient other than 1
     theirs = torch.autograd.grad(plain_loss * 3, (hidden, head))
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-4 if dtype == torch.float32 else 0.15, rtol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_logits", [1, 37 * 5, 10**6])
+def test_chunked_equals_plain(dtype: torch.dtype, chunk_logits: int) -> None:
+    assert_equals_plain(dtype, path="chunked", chunk_logits=chunk_logits)
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="needs torch 2.13")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_equals_plain(dtype: torch.dtype) -> None:
+    assert_equals_plain(dtype, counted=False, path="torch")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_path_of_a_gpu_equals_plain(dtype: torch.dtype) -> None:
+    for path in losses.loss_paths(torch.device("cuda")):
+        assert_equals_plain(dtype, counted=path != "torch", device="cuda", path=path)
+
+
 def test_rows_without_a_target_cost_nothing() -> None:
     hidden, head, target, weight = problem(torch.float32)
-    _, nats, _ = losses.linear_cross_entropy(hidden, head, target, weight)
-    assert nats[[2, 7]].tolist() == [0, 0]
-    (gradient,) = torch.autograd.grad(losses.linear_cross_entropy(hidden, head, target, weight)[0], (hidden,))
+    loss, nats, _ = losses.linear_cross_entropy(hidden, head, target, weight)
+    kept = target[0] != losses.IGNORE
+    alone = losses.linear_cross_entropy(hidden[:21][kept], head, target[:1, kept], weight[:1])[1]
+    torch.testing.assert_close(nats[0], alone[0])
+    (gradient,) = torch.autograd.grad(loss, (hidden,))
     assert gradient[[2, 7]].abs().max() == 0
 
 
 def test_extreme_logits_stay_finite() -> None:
     hidden = torch.tensor([[1000.0, 0.0], [0.0, 0.0]], requires_grad=True)
     head = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.5, 0.0]])
-    loss, nats, _ = losses.linear_cross_entropy(hidden, head, torch.tensor([1, 0]), torch.ones(2))
+    loss, nats, _ = losses.linear_cross_entropy(hidden, head, torch.tensor([[1], [0]]), torch.ones(2))
     assert nats[0] == 2000 and nats[1] == pytest.approx(1.0986, abs=1e-4)
     loss.backward()
     assert hidden.grad is not None and hidden.grad.isfinite().all()

@@ -119,7 +119,7 @@ def test_first_drafts_are_our_mtp_logits(
 def train_to_count(model: DeepSeekV3, steps: int) -> None:
     """x[t+1] = x[t] + 1 (mod V), from random starts."""
     config = OptimConfig(lr=1e-2, weight_decay=0.0)
-    optimizers = Optimizers(model, config, ns_dtype=torch.float32)
+    optimizers = Optimizers(model, config)
     generator = torch.Generator().manual_seed(3)
     for step in range(steps):
         start = torch.randint(VOCAB, (8, 1), generator=generator)

@@ -42,9 +42,10 @@ def test_attention_equals_the_reference(dtype: torch.dtype, widths: tuple[int, i
         scores = (q @ k.mT * 0.3).masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
         return scores.softmax(-1) @ v
 
-    assert_close(
-        gradients(lambda q, k, v: ops.attention(q, k, v, scale=0.3), leaves), gradients(written_out, exact), dtype
-    )
+    theirs = gradients(written_out, exact)
+    for path in ("auto", "plain", "sdpa"):
+        ours = gradients(lambda q, k, v, path=path: ops.attention(q, k, v, scale=0.3, path=path), leaves)
+        assert_close(ours, theirs, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -81,12 +82,15 @@ def test_experts_equal_the_loop(name: str, routing: str, dtype: torch.dtype) -> 
     leaves = [leaf(tokens, hidden, dtype=dtype), leaf(tokens, active, seed=2)]
     leaves += [leaf(experts, 2 * width, hidden, seed=3, scale=0.3), leaf(experts, hidden, width, seed=4, scale=0.3)]
 
-    def run(function, x, weight, gate_up, down):
-        return function(x, chosen, weight, gate_up, down)
+    def run(function, x, weight, gate_up, down, *path):
+        return function(x, chosen, weight, gate_up, down, *path)
 
-    ours = gradients(lambda *args: run(ops.grouped_experts, *args), leaves)
     theirs = gradients(lambda *args: run(ops.grouped_experts_reference, *args), leaves)
-    assert_close(ours, theirs, dtype)
+    paths = ops.experts_paths(torch.device("cpu"), dtype, hidden, width)
+    assert {"padded", "loop"} <= set(paths)
+    for path in ("auto", *paths):
+        ours = gradients(lambda *args, path=path: run(ops.grouped_experts, *args, path), leaves)
+        assert_close(ours, theirs, dtype)
     counts = run(ops.grouped_experts, *leaves)[1]
     assert counts.tolist() == torch.bincount(chosen.flatten(), minlength=experts).tolist()
     assert counts.sum() == tokens * active  # nothing is dropped
@@ -96,13 +100,14 @@ def test_many_experts_are_summed_in_fp32() -> None:
     """Eight bf16 outputs rounded once: within a rounding of the exact sum, forward and backward."""
     tokens, active, hidden = 64, 8, 32
     y = leaf(tokens * active, hidden, dtype=torch.bfloat16)
-    weight = leaf(tokens, active, dtype=torch.bfloat16, seed=1)
     slots = torch.randperm(tokens * active, generator=torch.Generator().manual_seed(2)).view(tokens, active)
-    exact = (y.double()[slots] * weight.double()[..., None]).sum(1)
-    assert torch.equal(ops._FromSlots.apply(y, slots, weight), exact.to(torch.float32).bfloat16())
+    token_of = torch.empty(tokens * active, dtype=torch.int64)
+    token_of[slots.flatten()] = torch.arange(tokens).repeat_interleave(active)
+    exact = y.double()[slots].sum(1).float().bfloat16()
+    assert torch.equal(ops._FromSlots.apply(y, slots, token_of), exact)
     x = leaf(tokens, hidden, dtype=torch.bfloat16, seed=3)
     grad = leaf(tokens * active, hidden, dtype=torch.bfloat16, seed=4).detach()
-    ops._ToSlots.apply(x, slots, tokens * active).backward(grad)
+    ops._ToSlots.apply(x, slots, token_of).backward(grad)
     assert x.grad is not None and torch.equal(x.grad, grad.double()[slots].sum(1).float().bfloat16())
 
 
@@ -118,5 +123,5 @@ def test_uneven_routing_takes_the_grouped_product(monkeypatch: pytest.MonkeyPatc
     expected = ops.grouped_experts_reference(x, chosen, weight, gate_up, down)[0]
     torch.testing.assert_close(ops.grouped_experts(x, chosen, weight, gate_up, down)[0], expected, atol=1e-4, rtol=1e-4)
     assert len(used) == (2 if hasattr(torch.nn.functional, "grouped_mm") else 0)
-    monkeypatch.setattr(ops, "_has_grouped_product", lambda *_: False)
+    monkeypatch.setattr(ops, "_has_grouped_product", lambda *_: False)  # as before torch 2.10
     torch.testing.assert_close(ops.grouped_experts(x, chosen, weight, gate_up, down)[0], expected, atol=1e-4, rtol=1e-4)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import muon as muon_package
 import pytest
 import torch
 from test_model import build, losses_of, tiny, tokens_for
 
+import optim
 from config import OptimConfig
 from model import moe_layers
 from optim import LossScale, Muon, Optimizers, clip_gradients, lr_at, newton_schulz, update_router_bias, uses_muon
@@ -63,13 +65,44 @@ def test_stacked_experts_and_fused_halves_move_like_single_matrices() -> None:
     torch.testing.assert_close(stacked.detach().view(6, 8, 12), moved, atol=1e-5, rtol=1e-5)
 
 
-def test_newton_schulz_orthogonalises_and_ignores_scale() -> None:
+def test_newton_schulz_orthogonalises() -> None:
     matrix = matrices(4, 16, 30)
-    out = newton_schulz(matrix, torch.float32)
-    values = torch.linalg.svdvals(out)
+    values = torch.linalg.svdvals(newton_schulz(matrix / torch.linalg.matrix_norm(matrix, keepdim=True)))
     assert values.min() > 0.5 and values.max() < 1.3
-    torch.testing.assert_close(newton_schulz(matrix * 1e-6, torch.float32), out, atol=1e-4, rtol=1e-3)
-    assert torch.equal(newton_schulz(torch.zeros(1, 4, 5), torch.float32), torch.zeros(1, 4, 5))
+
+
+def updated(grads: list[torch.Tensor], **options: Any) -> torch.Tensor:
+    """Four stacked matrices after a step of Muon per gradient."""
+    parameter = torch.nn.Parameter(matrices(4, 16, 30))
+    muon = Muon([parameter], lr=0.05, weight_decay=0.0, **({"ns_dtype": torch.float32} | options))
+    for grad in grads:
+        parameter.grad = grad.clone()
+        muon.step()
+    assert muon.state[parameter]["momentum"].dtype == options.get("momentum_dtype", torch.float32)
+    return parameter.detach()
+
+
+def test_muon_ignores_the_scale_of_gradients_and_survives_none() -> None:
+    grad = matrices(4, 16, 30, seed=1)
+    torch.testing.assert_close(updated([grad * 1e-6]), updated([grad]), atol=1e-4, rtol=1e-3)
+    assert torch.equal(updated([torch.zeros_like(grad)]), matrices(4, 16, 30))
+
+
+def test_batches_are_bounded_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    grads = [matrices(4, 16, 30, seed=seed) for seed in (1, 2)]
+    whole = updated(grads)
+    sizes = []
+    monkeypatch.setattr(optim, "NS_BATCH_ELEMENTS", 3 * 16 * 30)
+    monkeypatch.setattr(optim, "newton_schulz", lambda x: sizes.append(len(x)) or newton_schulz(x))
+    torch.testing.assert_close(updated(grads), whole)
+    assert sizes == [3, 1] * 2
+
+
+def test_momentum_in_16_bits_follows_fp32() -> None:
+    grads = [matrices(4, 16, 30, seed=seed) for seed in range(1, 9)]
+    exact, rough = updated(grads), updated(grads, momentum_dtype=torch.bfloat16)
+    moved = (exact - matrices(4, 16, 30)).norm()
+    assert 0 < (rough - exact).norm() < 0.01 * moved
 
 
 def test_every_parameter_has_the_right_optimizer() -> None:
@@ -82,17 +115,17 @@ def test_every_parameter_has_the_right_optimizer() -> None:
     } <= names
     others = dict(model.named_parameters()).keys() - names
     assert all("norm" in n or "embed" in n or "lm_head" in n or n.endswith("gate.weight") for n in others)
-    optimizers = Optimizers(model, OptimConfig(), ns_dtype=torch.float32)
+    optimizers = Optimizers(model, OptimConfig())
     assert sum(len(group["params"]) for opt in optimizers.all for group in opt.param_groups) == len(names) + len(others)
-    assert len(Optimizers(model, OptimConfig(name="adamw"), ns_dtype=torch.float32).all) == 1
+    assert len(Optimizers(model, OptimConfig(name="adamw")).all) == 1
 
 
 def test_state_round_trip_continues_identically() -> None:
     cfg = tiny()
     tokens, targets = tokens_for(cfg), tokens_for(cfg, length=25, seed=9)
     left, right = build(cfg), build(cfg)
-    one = Optimizers(left, OptimConfig(), ns_dtype=torch.bfloat16)
-    two = Optimizers(right, OptimConfig(), ns_dtype=torch.bfloat16)
+    one = Optimizers(left, OptimConfig(ns_dtype="bf16"))
+    two = Optimizers(right, OptimConfig(ns_dtype="bf16"))
 
     def train(model, optimizers) -> None:
         optimizers.zero_grad()
@@ -161,7 +194,7 @@ def test_loss_scale_halves_and_grows() -> None:
 def test_overfits_one_batch_to_near_zero() -> None:
     cfg = tiny(vocab_size=31, hidden_size=32)
     model = build(cfg)
-    optimizers = Optimizers(model, OptimConfig(weight_decay=0.0), ns_dtype=torch.float32)
+    optimizers = Optimizers(model, OptimConfig(weight_decay=0.0))
     tokens = tokens_for(cfg, batch=2, length=18)
     out = losses_of(model, tokens[:, :16], tokens[:, 1:])
     for step in range(60):

@@ -15,7 +15,7 @@ import optim
 import plan
 import train
 from config import Config
-from model import count_parameters
+from counts import count_parameters
 
 MINI = configuration.load("mini")
 
@@ -57,7 +57,7 @@ def test_memory_of_weights_gradients_and_optimizer_is_what_they_take(name: str) 
     """Against a model's own tensors after one step."""
     config = small(optim={"name": name})
     model = build(config.model)
-    optimizers = optim.Optimizers(model, config.optim, ns_dtype=torch.float32)
+    optimizers = optim.Optimizers(model, config.optim)
     tokens = torch.arange(66).view(2, 33)
     model(tokens[:, :-1], tokens[:, 1:]).loss.backward()  # type: ignore[union-attr]
     gradients = sum(4 * parameter.grad.numel() for parameter in model.parameters() if parameter.grad is not None)

@@ -119,7 +119,15 @@ def fits(config: Config, *, sources: str = "documents", tokenizer: str = "tokens
     "sections",
     [
         {},
-        {"train": {"steps": 9, "tokens_per_active_param": 40.0, "micro_batch": 1, "recompute": True, "init_from": "x"}},
+        {
+            "train": {
+                "steps": 9,
+                "tokens_per_active_param": 40.0,
+                "micro_batch": 1,
+                "recompute": "full",
+                "init_from": "x",
+            }
+        },
         {"data": {"workers": 0, "sources": ("copy.parquet",)}},  # the same documents, elsewhere
         {"log": {"every_steps": 1}, "eval": {"tokens": 1}, "sample": {"top_k": 1}, "checkpoint": {"every_steps": 1}},
     ],

@@ -27,10 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # here and its line under "Reading order" in the README.
 LAYERS = (
     ("options", "config", "text", "tracker"),  # standard library, pydantic, yaml
-    ("remote", "environment", "ops", "losses", "tokenizer", "checkpoint"),  # receive values, never the whole config
+    ("remote", "environment", "ops", "triton_ops", "losses", "tokenizer", "checkpoint"),  # receive values, not configs
     ("model", "sources", "data", "convert"),
-    ("parallel", "optim", "evals", "metrics", "resume"),
-    ("generate", "plan"),
+    ("counts", "parallel", "optim", "evals", "metrics", "resume"),
+    ("generate", "probe", "memory"),
+    ("plan",),
     ("train",),
 )
 NEIGHBOURS = {  # rooms split off a module, and what is built from its neighbour
@@ -39,6 +40,8 @@ NEIGHBOURS = {  # rooms split off a module, and what is built from its neighbour
     ("text", "config"),
     ("tokenizer", "remote"),
     ("data", "sources"),
+    ("ops", "triton_ops"),
+    ("losses", "ops"),
     ("evals", "parallel"),
 }
 ROW = {module: row for row, modules in enumerate(LAYERS) for module in modules}
@@ -52,6 +55,7 @@ MAY_USE_DISTRIBUTED = {"parallel.py", "checkpoint.py", "optim.py"}
 MAY_READ_ENVIRONMENT = {"parallel.py", "environment.py", "train.py"}
 MAY_PARSE_ARGUMENTS = {"generate.py", "options.py", "train.py"}
 OPTIONAL = {"wandb", "mlflow", "tensorboard", "triton", "liger_kernel"}  # each is imported in one place
+NEEDS_TRITON = {"triton_ops"}  # cannot be imported without it, so nobody imports these when imported themselves
 POSIX_ONLY = {"fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "posix", "syslog"}
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "jsonpickle", "joblib", "marshal", "shelve"}
 PICKLING = {  # torch's distributed checkpoint keeps its metadata as a pickle
@@ -186,6 +190,14 @@ def light_first_row(file: File) -> Iterator[str]:
                 yield f"{file.path}:{found.line}: {file.module} may not import {found.root} when it is imported"
 
 
+def optional_lazily(file: File) -> Iterator[str]:
+    """What may be missing is imported in functions. Kernels need Triton when they are defined: so does their module."""
+    if file.path != "triton_ops.py":
+        for found in _imports(file.tree):
+            if found.root in OPTIONAL | NEEDS_TRITON and not found.lazy:
+                yield f"{file.path}:{found.line}: import {found.root} in the function that needs it, behind a check"
+
+
 def distributed_at_home(file: File) -> Iterator[str]:
     if not file.is_test and file.path not in MAY_USE_DISTRIBUTED:
         for name, line in _uses(file):
@@ -237,7 +249,7 @@ def no_secrets_or_places(file: File) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    short_module, short_functions, layers, values_not_config, light_first_row, distributed_at_home,
+    short_module, short_functions, layers, values_not_config, light_first_row, optional_lazily, distributed_at_home,
     environment_at_home, arguments_at_home, no_pickle, portable,
 )  # fmt: skip
 
@@ -246,7 +258,10 @@ RULES: tuple[Rule, ...] = (
 
 
 def dead_options(schema: File, others: list[File]) -> Iterator[str]:
-    """Every key of the configuration is read somewhere, off something that is called as its section or a config."""
+    """Every key of the configuration is read somewhere, off something that is called as its section or a config.
+
+    `paths` are an OpsConfig whose choices are made.
+    """
     read: dict[str, set[str]] = {}
     for file in others:
         for node in ast.walk(file.tree):
@@ -258,7 +273,7 @@ def dead_options(schema: File, others: list[File]) -> Iterator[str]:
             for item in section.body:
                 if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
                     key = item.target.id
-                    used = read.get(key, set()) & {owner, "config", "cfg"}
+                    used = read.get(key, set()) & {owner, "config", "cfg", "paths"}
                     if not used and f"{section.name}.{key}" not in WRITTEN_ONLY:
                         yield f"{schema.path}:{item.lineno}: nothing reads {section.name}.{key}"
 
@@ -395,8 +410,14 @@ for name in sys.argv[1:]:
         runpy.run_path(name, run_name="imported")
     else:
         importlib.import_module(name)
+try:
+    import triton_ops
+except ImportError as error:
+    assert "pip install triton" in str(error), error
+else:
+    raise AssertionError("triton_ops did without Triton: take it out of NEEDS_TRITON")
 """
-    names = [file.module for file in MODULES] + [str(ROOT / file.path) for file in SCRIPTS]
+    names = sorted({file.module for file in MODULES} - NEEDS_TRITON) + [str(ROOT / file.path) for file in SCRIPTS]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, "-c", code, *names], env=environment, capture_output=True, text=True, timeout=120
@@ -416,7 +437,7 @@ BAD: tuple[tuple[Rule, str, str], ...] = (
     (layers, "kernels.py", ""),
     (layers, "config.py", "import model"),
     (layers, "losses.py", "def f():\n    from model import MLA"),
-    (layers, "losses.py", "import ops"),
+    (layers, "losses.py", "import tokenizer"),
     (layers, "model.py", "from optim import Muon"),
     (layers, "sources.py", "if TYPE_CHECKING:\n    import data"),
     (layers, "generate.py", "import train"),
@@ -428,6 +449,10 @@ BAD: tuple[tuple[Rule, str, str], ...] = (
     (values_not_config, "ops.py", "import config\nconfig.load('mini')"),
     (light_first_row, "config.py", "import torch"),
     (light_first_row, "tracker.py", "try:\n    import wandb\nexcept ImportError:\n    pass"),
+    (optional_lazily, "ops.py", "import triton_ops"),
+    (optional_lazily, "model.py", "if True:\n    from triton_ops import grouped_product"),
+    (optional_lazily, "tests/test_triton_ops.py", "import triton_ops"),
+    (optional_lazily, "ops.py", "try:\n    import liger_kernel\nexcept ImportError:\n    pass"),
     (distributed_at_home, "model.py", "import torch.distributed as dist"),
     (distributed_at_home, "data.py", "from torch import distributed"),
     (distributed_at_home, "data.py", "from torch.distributed.nn import all_reduce"),
@@ -463,6 +488,8 @@ GOOD: tuple[tuple[Rule, str, str], ...] = (
     (values_not_config, "checkpoint.py", "from config import UserError"),
     (light_first_row, "tracker.py", "def f():\n    import wandb"),
     (light_first_row, "text.py", "if TYPE_CHECKING:\n    from transformers import AutoTokenizer"),
+    (optional_lazily, "triton_ops.py", "import triton.language as tl"),
+    (optional_lazily, "ops.py", "def f():\n    from triton_ops import grouped_product"),
     (distributed_at_home, "parallel.py", "import torch.distributed as dist"),
     (environment_at_home, "scripts/export.py", "import os\nos.environ['A']"),
     (environment_at_home, "data.py", "import os\nos.getpid()"),

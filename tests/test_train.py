@@ -141,7 +141,7 @@ def test_a_finished_run_is_left_alone(tiny, tmp_path: Path, capsys: pytest.Captu
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("options", [(), ("train.precision=bf16", "optim.name=adamw", "train.recompute=true")])
+@pytest.mark.parametrize("options", [(), ("train.precision=bf16", "optim.name=adamw", "train.recompute=full")])
 def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path: Path, options: tuple[str, ...]) -> None:
     """SIGKILL after the checkpoint of step 10, in another process; twice resumed; equal to the last bit."""
     if sys.platform == "win32":
