@@ -434,6 +434,7 @@ class DeepSeekV3(nn.Module):
     ):
         super().__init__()
         self.config, self.dtype, self.recompute, self.paths = config, dtype, recompute, paths
+        self.compiled = False
         self.rotary = RotaryEmbedding(config)
         self.model = Trunk(config, dtype, recompute, paths)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
@@ -485,9 +486,20 @@ class DeepSeekV3(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden).float()
 
+    def compile_blocks(self, **options: Any) -> None:
+        """`torch.compile` block by block, shapes fixed; `options` are torch's. The first step takes minutes.
+
+        There is no graph break where `paths.experts` is "grouped"; "padded" and "loop" need the counts on the host.
+        """
+        torch.compiler.allow_in_graph(ops.WeightedSwiGLU)  # its backward pass writes into views
+        for block in [*self.model.layers, *self.mtp]:
+            block.compile(dynamic=False, **options)
+        self.compiled = True
+
     def _run(self, block: nn.Module, *args: Tensor | LatentCache | None) -> tuple[Tensor, Routing | None]:
         full = self.recompute == "full"
-        return recomputed(full, block, *args, chosen=[] if full else None)
+        # A compiled block is the same graph both times, and would be another one with a choice at hand.
+        return recomputed(full, block, *args, chosen=[] if full and not self.compiled else None)
 
     def _losses(
         self,

@@ -113,11 +113,14 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Ten
 # ------------------------------------------------------------------------------------------------------------- experts
 
 
+MOST_PADDING = 1.6  # rows with padding over rows; a guess for sm_75 (performance.md, section 2.1), not measured
+
+
 def experts_paths(device: torch.device, dtype: torch.dtype, hidden: int, width: int) -> list[str]:
     """Paths worth considering here, the one that "auto" takes first (performance.md, section 2.1; not measured)."""
     grouped = ["grouped"] if _has_grouped_product(dtype, hidden, width) else []
-    if device.type == "cpu":
-        return ["padded", *grouped, "loop"]
+    if device.type == "cpu":  # padding gains a tenth when experts are even, and loses as much as they are not (LOG.md)
+        return [*grouped, "loop", "padded"]
     capability = torch.cuda.get_device_capability(device)
     if dtype != torch.bfloat16 or capability < (8, 0):
         return ["padded", "loop"]
@@ -185,7 +188,7 @@ def _sum_slots(y_SD: Tensor, slot_NA: Tensor) -> Tensor:
     return out_ND.to(y_SD.dtype)
 
 
-class _WeightedSwiGLU(torch.autograd.Function):
+class WeightedSwiGLU(torch.autograd.Function):
     """weight * silu(gate) * up, row by row; keeps its inputs only."""
 
     @staticmethod
@@ -265,8 +268,8 @@ def grouped_experts(
         expert_NA: chosen experts, int64. weight_NA: their weights, fp32.
         gate_up_EGD: (E, 2F, D), gate rows first. down_EDF: (E, D, F). Both are cast to x's dtype.
         path: "padded" (one batched product, each expert's rows padded to the busiest's; where routing is so uneven that
-            this costs more, one of the next two), "grouped" (`F.grouped_mm`), "loop" (expert by expert), "triton" (a
-            kernel of ours), "liger" (a kernel of Liger's), or "auto".
+            this costs more, "loop"), "grouped" (`F.grouped_mm`), "loop" (expert by expert), "triton" (our kernel),
+            "liger" (a kernel of Liger's), or "auto".
     """
     num_experts, hidden, width = down_EDF.shape
     counts_E = expert_NA.new_zeros(num_experts)  # torch.bincount would wait for a GPU
@@ -280,15 +283,13 @@ def grouped_experts(
     longest = None
     if path == "padded":
         longest = int(counts_E.max())
-        cpu_grouped = x_ND.device.type == "cpu" and _has_grouped_product(x_ND.dtype, hidden, width)
-        # 1.25: measured on AVX512-bf16 (LOG.md). 1.6: a guess for sm_75 (performance.md, section 2.1).
-        if num_experts * longest > (1.25 if cpu_grouped else 1.6) * expert_NA.numel() + 8 * num_experts:
-            path, longest = "grouped" if cpu_grouped else "loop", None
+        if num_experts * longest > MOST_PADDING * expert_NA.numel() + 8 * num_experts:
+            path, longest = "loop", None
     product = _product(path)
     slot_NA, token_S = _slots(expert_NA, counts_E, longest)
     weight_S = weight_NA.new_zeros(len(token_S)).scatter(0, slot_NA.flatten(), weight_NA.flatten()).to(x_ND.dtype)
     x_SD = _ToSlots.apply(x_ND, slot_NA, token_S)
-    h_SF = _WeightedSwiGLU.apply(product(x_SD, gate_up_EGD, counts_E), weight_S[:, None])  # type: ignore[arg-type]
+    h_SF = WeightedSwiGLU.apply(product(x_SD, gate_up_EGD, counts_E), weight_S[:, None])  # type: ignore[arg-type]
     return _FromSlots.apply(product(h_SF, down_EDF, counts_E), slot_NA, token_S), counts_E  # type: ignore[arg-type]
 
 

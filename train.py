@@ -351,8 +351,7 @@ def build(
     elif config.train.init_from is not None:
         resume.load_initial_weights(model, config)
     if config.train.compile:
-        for block in [*model.model.layers, *model.mtp]:
-            block.compile(dynamic=False)
+        model.compile_blocks()
     return model, optimizers, scale
 
 

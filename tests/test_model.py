@@ -14,7 +14,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 import config as config_module
 import losses
 import ops
-from config import ModelConfig, Recompute
+from config import ModelConfig, OpsConfig, Recompute
 from model import (
     DeepSeekV3,
     LatentCache,
@@ -330,6 +330,23 @@ def test_recompute_changes_nothing_and_routes_once(recompute: Recompute, monkeyp
     assert one.expert_counts.sum(1).tolist() == [tokens.numel() * cfg.num_experts_per_tok] * 3
     for left, right in zip(plain.parameters(), again.parameters(), strict=True):
         assert left.grad is not None and right.grad is not None and torch.equal(left.grad, right.grad)
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="needs torch 2.10")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")  # of its own tracing
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_blocks_compile_without_a_graph_break(recompute: Recompute) -> None:
+    """Traced and differentiated by torch.compile; what Inductor makes of it is left out, it takes minutes."""
+    cfg = tiny(num_hidden_layers=2, hidden_size=32, moe_intermediate_size=16)
+    tokens, targets = tokens_for(cfg), tokens_for(cfg, length=25, seed=9)
+    paths = OpsConfig(experts="grouped", attention="sdpa", loss="chunked")
+    plain, compiled = (build(cfg, dtype=torch.bfloat16, recompute=recompute, paths=paths) for _ in range(2))
+    compiled.compile_blocks(fullgraph=True, backend="aot_eager")
+    for model in (plain, compiled):
+        losses_of(model, tokens, targets).loss.backward()
+    for left, right in zip(plain.parameters(), compiled.parameters(), strict=True):
+        assert left.grad is not None and right.grad is not None
+        assert (left.grad - right.grad).abs().max() <= 1e-4 * left.grad.abs().max()
 
 
 def test_zero_weights_keep_every_parameter_in_the_graph() -> None:

@@ -111,17 +111,20 @@ def test_many_experts_are_summed_in_fp32() -> None:
     assert x.grad is not None and torch.equal(x.grad, grad.double()[slots].sum(1).float().bfloat16())
 
 
-def test_uneven_routing_takes_the_grouped_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padding would make 16 times the rows here; without a grouped product each expert's rows go alone."""
-    used = []
-    if hasattr(torch.nn.functional, "grouped_mm"):
-        real = torch.nn.functional.grouped_mm
-        monkeypatch.setattr(ops.F, "grouped_mm", lambda *args, **kwargs: used.append(1) or real(*args, **kwargs))
+@pytest.mark.parametrize(("path", "expert", "used"), [
+    ("auto", 0, "grouped" if hasattr(torch.nn.functional, "grouped_mm") else "split"),
+    ("padded", 0, "split"),  # padding would make 16 times the rows
+    ("padded", None, "padded"),
+])  # fmt: skip
+def test_the_product_that_is_taken(path: str, expert: int | None, used: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    for name in ("grouped", "split", "padded"):
+        real = getattr(ops, f"_{name}_product")
+        monkeypatch.setattr(ops, f"_{name}_product", lambda *args, n=name, f=real: taken.append(n) or f(*args))
     x, weight = leaf(64, 16), leaf(64, 1)
     gate_up, down = leaf(16, 16, 16, seed=3), leaf(16, 16, 8, seed=4)
-    chosen = torch.zeros(64, 1, dtype=torch.int64)
+    chosen = (torch.arange(64) % 16 if expert is None else torch.full((64,), expert))[:, None]
     expected = ops.grouped_experts_reference(x, chosen, weight, gate_up, down)[0]
-    torch.testing.assert_close(ops.grouped_experts(x, chosen, weight, gate_up, down)[0], expected, atol=1e-4, rtol=1e-4)
-    assert len(used) == (2 if hasattr(torch.nn.functional, "grouped_mm") else 0)
-    monkeypatch.setattr(ops, "_has_grouped_product", lambda *_: False)  # as before torch 2.10
-    torch.testing.assert_close(ops.grouped_experts(x, chosen, weight, gate_up, down)[0], expected, atol=1e-4, rtol=1e-4)
+    out = ops.grouped_experts(x, chosen, weight, gate_up, down, path)[0]
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    assert taken == [used] * 2

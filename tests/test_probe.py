@@ -12,6 +12,7 @@ import probe
 from config import UserError
 
 CPU = torch.device("cpu")
+USUAL = "grouped" if hasattr(torch.nn.functional, "grouped_mm") else "loop"
 TINY = (
     "model.hidden_size=32", "model.moe_intermediate_size=16", "model.vocab_size=512", "data.seq_len=16",
     "train.batch_tokens=64", "train.micro_batch=2",
@@ -24,14 +25,14 @@ def chosen(*overrides: str, dtype: torch.dtype = torch.float32, stored: dict[str
 
 def test_small_operations_take_the_usual_paths_and_tell() -> None:
     paths, notes = chosen()
-    assert paths.model_dump() == {"experts": "padded", "attention": "sdpa", "loss": "chunked"}
-    assert notes == ["paths: experts padded, attention sdpa, loss chunked"]
+    assert paths.model_dump() == {"experts": USUAL, "attention": "sdpa", "loss": "chunked"}
+    assert notes == [f"paths: experts {USUAL}, attention sdpa, loss chunked"]
     assert chosen(dtype=torch.bfloat16)[0].attention == "plain"
 
 
 def test_a_named_path_is_taken_or_refused() -> None:
     assert chosen("ops.experts=loop", "ops.attention=plain")[0].experts == "loop"
-    with pytest.raises(UserError, match=r"ops\.experts = liger does not exist .* cpu; allowed: auto, padded, .*loop"):
+    with pytest.raises(UserError, match=r"ops\.experts = liger does not exist .* cpu; allowed: auto, .*loop, padded"):
         chosen("ops.experts=liger")
     with pytest.raises(UserError, match=r"ops\.loss = torch does not exist"):
         chosen("ops.loss=torch")
@@ -43,7 +44,7 @@ def test_a_stored_path_is_kept_where_it_exists(monkeypatch: pytest.MonkeyPatch) 
     assert chosen(stored=stored)[0].model_dump() == stored
     assert chosen("ops.experts=padded", stored=stored)[0].experts == "padded"  # who asks gets
     paths, notes = chosen(stored=stored | {"experts": "triton"})
-    assert paths.experts == "padded" and "experts path, triton, does not exist" in notes[0]
+    assert paths.experts == USUAL and "experts path, triton, does not exist" in notes[0]
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> list[str]:
