@@ -27,7 +27,10 @@ MAY_DIFFER = {  # from the model of train.init_from: what no tensor's shape or m
     "num_nextn_predict_layers", "initializer_range", "aux_loss_alpha", "max_position_embeddings", "rope_scaling",
 }  # fmt: skip
 STATE_FILE = "training_state.json"
-RUN_FILES = {"config.yaml", "metrics.jsonl", "samples.md", "checkpoints", "metrics.tmp", "samples.tmp"}
+RUN_FILES = {
+    "config.yaml", "metrics.jsonl", "samples.md", "checkpoints", "metrics.tmp", "samples.tmp", "profile.json",
+    "profile.txt",
+}  # fmt: skip
 # What may change on resume: it decides how long, how visibly and how comfortably a run goes on, not what it learns.
 FREE_SECTIONS = ("run", "ops", "log", "eval", "sample", "checkpoint")
 FREE_KEYS = {

@@ -106,16 +106,20 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
         run.tracker.progress(step + (number + 1) / len(parts), f"micro-batch {number + 1}/{len(parts)}")
     assert sums is not None
     mesh.sum(sums)
-    grad_norm = clip_gradients(run.model.parameters(), config.train.grad_clip, run.scale.value).item()
-    finite = not mesh.any(not (math.isfinite(grad_norm) and bool(sums.isfinite().all())))
+    norm = clip_gradients(run.model.parameters(), config.train.grad_clip, run.scale.value)
+    parts_of_loss = 2 * (1 + depth) + 1
+    # The one wait for a GPU in a step.
+    grad_norm, *step_sums = torch.cat((norm.double()[None], sums[:parts_of_loss])).tolist()
+    nats, balance = step_sums[: 1 + depth], step_sums[-1]
+    finite = not mesh.any(not all(map(math.isfinite, (grad_norm, *nats, balance))))
     lr = lr_at(step, run.steps, config.optim)
-    counts_LE = sums[2 * (1 + depth) + 1 :].view(-1, config.model.n_routed_experts)
+    counts_LE = sums[parts_of_loss:].view(-1, config.model.n_routed_experts)
     if finite:  # branch, never multiply: nothing that is not finite reaches a state
         run.optimizers.step(lr)
         if step < config.optim.bias_until * run.steps:
             update_router_bias(run.model, counts_LE, config.optim.bias_speed)
     run.scale.update(finite)
-    metrics = step_metrics(sums[: 2 * (1 + depth) + 1].tolist(), rows * seq_len, rows, mtp_weight, config)
+    metrics = step_metrics(step_sums, rows * seq_len, rows, mtp_weight, config)
     return metrics | {"lr": lr, "grad_norm": grad_norm if finite else None, "skipped": not finite, "counts": counts_LE}
 
 
@@ -152,13 +156,14 @@ class StopFlag:
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False) -> int:
+def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False, profile: bool = False) -> int:
     """Train to the end or to a signal; the process's exit code."""
     import data
     import evals
     import parallel
     import plan
     import probe
+    import profiling
     import resume
     import tokenizer as tokenizers
     from counts import count_parameters, flops_per_token
@@ -218,6 +223,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False)
         resume.restore_rng(config.train.seed, start, mesh.device)
         saved, bad_in_a_row = state.step, 0
         clock = Clock()
+        profiler = profiling.Profiler(run_dir, mesh.device, tracker.note) if profile and mesh.is_main else None
         try:
             while state.step < steps:
                 batch = next_batch(clock, loader)
@@ -229,6 +235,8 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False)
                 if metrics is None:
                     break
                 clock.step_done(config.train.batch_tokens)
+                if profiler is not None:
+                    profiler.step()
                 state.step += 1
                 state.tokens += config.train.batch_tokens
                 state.cursor = batch.cursor.to_dict()
@@ -256,6 +264,8 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False)
                 save(run, state, tokenizer)
         finally:
             loader.close()
+            if profiler is not None:
+                profiler.stop()
         if state.step < steps:
             number = stop.signal or signal.SIGTERM  # another rank was told to stop
             tracker.note(
@@ -538,6 +548,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--allow-cpu", action="store_true", help="go on without the GPU when torch is built for the CPU"
     )
+    parser.add_argument("--profile", action="store_true", help="trace the third step and list its dearest operations")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change keys of the configuration")
     return parser.parse_intermixed_args(arguments)
 
@@ -557,7 +568,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(plan.describe(config, tokens_per_sec=args.tokens_per_sec, price_per_hour=args.price_per_hour))
             return 0
-        return train(config, resume_from=args.resume, allow_cpu=args.allow_cpu)
+        return train(config, resume_from=args.resume, allow_cpu=args.allow_cpu, profile=args.profile)
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)

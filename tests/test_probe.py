@@ -57,10 +57,9 @@ def timed(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> list[st
 @pytest.mark.parametrize(
     ("seconds", "winner"),
     [
-        ({"a": 1.0, "b": 0.9}, "a"),  # within the margin: a matter of chance
-        ({"a": 1.0, "b": 0.7}, "b"),
-        ({"a": 1.0, "b": 0.7, "c": 0.5}, "c"),
-        ({"a": 0.001, "b": 0.0001}, "a"),  # not worth a choice
+        ({"a": 1.0, "b": 0.7}, "a"),  # within the margin: a matter of chance
+        ({"a": 1.0, "b": 0.6}, "b"),
+        ({"a": 1.0, "b": 0.6, "c": 0.5}, "c"),
     ],
 )
 def test_another_path_must_be_clearly_faster(
@@ -68,6 +67,12 @@ def test_another_path_must_be_clearly_faster(
 ) -> None:
     ran = timed(monkeypatch, seconds)
     assert probe.fastest(list(seconds), lambda path: ran.append(path) or [torch.ones(1)], CPU) == (winner, [])
+
+
+def test_a_moment_of_luck_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.0, 0.5, 1.0, 0.9])
+    monkeypatch.setattr(probe, "_time", lambda run, device: next(times))
+    assert probe.fastest(["a", "b"], lambda path: [torch.ones(1)], CPU) == ("a", [])
 
 
 def test_paths_that_fail_or_are_wrong_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +93,7 @@ def test_paths_that_fail_or_are_wrong_are_left_out(monkeypatch: pytest.MonkeyPat
 
 def test_every_cpu_path_really_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """At shapes where a choice is made, with the real operations: all paths agree and are timed."""
-    monkeypatch.setattr(probe, "SMALL_SEC", 0.0)
+    monkeypatch.setattr(probe, "SMALL", 0)
     seen: list[str] = []
     real = ops.grouped_experts
     monkeypatch.setattr(ops, "grouped_experts", lambda *args: seen.append(args[-1]) or real(*args))

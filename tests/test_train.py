@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
+import config as configuration
 import generate
 import train
 from resume import STATE_FILE
@@ -139,6 +140,34 @@ def test_a_finished_run_is_left_alone(tiny, tmp_path: Path, capsys: pytest.Captu
     assert "finished" in output and "train.steps=N" in output and "generate.py" in output and "--resume never" in output
     assert tiny("run", "train.steps=5") == 0  # extended
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_paths_are_told_stored_and_kept(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def stored() -> dict[str, str]:
+        return json.loads((newest(tmp_path / "run") / "training_state.json").read_text(encoding="utf-8"))["ops"]
+
+    assert tiny("run", "train.steps=1", "ops.experts=loop", "ops.attention=plain") == 0
+    assert "paths: experts loop, attention plain, loss chunked" in capsys.readouterr().out
+    assert tiny("run", "train.steps=2") == 0
+    assert stored() == {"experts": "loop", "attention": "plain", "loss": "chunked"}
+    assert tiny("run", "train.steps=3", "ops.experts=padded") == 0  # who asks gets
+    assert stored()["experts"] == "padded"
+    assert tiny("run", "ops.experts=triton") == 2
+    assert "ops.experts = triton does not exist" in capsys.readouterr().err
+
+
+def test_micro_batch_auto_is_resolved(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "CPU_MICRO_TOKENS", 64)  # two rows
+    assert tiny("run", "train.steps=1", "train.micro_batch=auto") == 0
+    config = configuration.load(str(tmp_path / "run" / "config.yaml"))
+    assert config.train.micro_batch == 2
+
+
+def test_profile(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny("run", "train.steps=4", "--profile") == 0
+    assert {"profile.json", "profile.txt"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert "aten::" in capsys.readouterr().out
+    assert tiny("run", "train.steps=4", "--resume", "never") == 0  # they belong to the run that is moved aside
 
 
 @pytest.mark.parametrize("options", [(), ("train.precision=bf16", "optim.name=adamw", "train.recompute=full")])
