@@ -38,7 +38,7 @@ BUSIEST = 1.5
 CONTEXT = 2**29 + 2**25
 SLACK = 0.08
 UNIT = {"cuda": 512, "cpu": 1}  # bytes, of which an allocation takes a multiple
-LIVE = ("weights", "gradients", "optimizer state", "activations and temporaries")
+LIVE: tuple[str, ...] = ("weights", "gradients", "optimizer state", "activations, temporaries")
 
 
 class Peak(NamedTuple):
@@ -55,7 +55,7 @@ class Peak(NamedTuple):
 
 
 def peak(config: Config, *, dtype: torch.dtype, rows: int, device_type: str = "cuda", world_size: int = 1) -> Peak:
-    """The peak of one rank when at most `rows` are taken at a time. Takes seconds: each operation of the step is run."""
+    """The peak of one rank, at most `rows` at a time. Takes seconds: every operation of the step is run."""
     most = -(-config.rows_per_step // world_size)
     turns = -(-most // rows)
     rows = -(-most // turns)  # as train.micro_batches cuts them
@@ -74,7 +74,7 @@ def peak(config: Config, *, dtype: torch.dtype, rows: int, device_type: str = "c
         optimizers.step(0.0)  # from the second step on its state is there all the time
         if turns == 1 and world_size == 1:
             optimizers.zero_grad()
-        # DDP's buckets are the gradients, but until the first reduction of a process, resumed with its state, are beside them.
+        # DDP's buckets are the gradients, but lie beside them until the first reduction: resumed, with the state there.
         buckets = [torch.zeros_like(parameter) for parameter in parameters if turns > 1 and world_size > 1]
         ledger.begin("forward")
         tokens = torch.empty(rows, seq_len + 1 + depth, dtype=torch.int64, device=device_type)
@@ -93,7 +93,7 @@ def peak(config: Config, *, dtype: torch.dtype, rows: int, device_type: str = "c
         known = [ledger.at_peak(tensors) for tensors in (weights, gradients, optimizers.state().values())]
     if ledger.peak_phase != "optimizer":
         known[1] += in_buckets
-    parts = dict(zip(LIVE, (*known, ledger.peak - sum(known)), strict=True))
+    parts: dict[str, int] = dict(zip(LIVE, (*known, ledger.peak - sum(known)), strict=True))
     if device_type == "cuda":
         parts |= {"allocator's slack": round(SLACK * ledger.peak), "CUDA context, cuBLAS": CONTEXT}
     return Peak(sum(parts.values()), parts, ledger.peak_phase)
@@ -110,9 +110,10 @@ def largest_micro_batch(
     trace = functools.partial(peak, config, dtype=dtype, device_type=device_type, world_size=world_size)
     first = trace(rows=1)
     if first.total > available:
+        again = "" if config.train.recompute == "full" else "train.recompute=full, "
         raise UserError(
             f"one row of data.seq_len = {config.data.seq_len} takes {first.total / 2**30:.1f} GiB by the estimate, "
-            f"{(first.total - available) / 2**30:.1f} more than there are: {_advice(config)}"
+            f"{(first.total - available) / 2**30:.1f} more than there are: try {again}a smaller data.seq_len or preset"
         )
     low, high = 0, len(choices)  # choices[low] fits, choices[high] does not
     guess = bisect.bisect_right(choices, 8) - 1
@@ -131,11 +132,6 @@ def largest_micro_batch(
     return choices[low]
 
 
-def _advice(config: Config) -> str:
-    stronger = {"none": "train.recompute=full, ", "selective": "train.recompute=full, "}.get(config.train.recompute, "")
-    return f"try {stronger}a smaller data.seq_len, or a smaller preset"
-
-
 def loads(config: ModelConfig, tokens: int) -> list[int]:
     """Tokens per expert, as assumed: the busiest has `BUSIEST` times the mean, the others share the rest evenly."""
     pairs, others = tokens * config.num_experts_per_tok, config.n_routed_experts - 1
@@ -144,54 +140,41 @@ def loads(config: ModelConfig, tokens: int) -> list[int]:
 
 
 def _paths(paths: OpsConfig, dtype: torch.dtype, device_type: str) -> OpsConfig:
-    """Forms that run on `meta` and keep the same tensors as those of `paths`.
+    """Forms that run on `meta` and keep the same tensors, or more, as those of `paths`.
 
-    "auto" on a GPU: products without padding where bf16 is native. Triton's and Liger's kernels cannot run without
-    storage; Liger's loss and torch's take smaller chunks than ours.
+    Triton's and Liger's kernels cannot run there; like "auto" where bf16 is native they do without padding. Liger's and
+    torch's losses take smaller chunks than ours.
     """
     if device_type == "cpu":
         return paths
-    experts = paths.experts
-    if experts == "auto":
-        experts = "grouped" if dtype == torch.bfloat16 else "padded"
-    experts = "grouped" if experts in ("triton", "liger") else experts
-    return OpsConfig(experts=experts, attention="plain" if paths.attention == "plain" else "sdpa", loss="chunked")
+    auto = "grouped" if dtype == torch.bfloat16 else "padded"
+    experts = {"auto": auto, "triton": "grouped", "liger": "grouped"}.get(paths.experts, paths.experts)
+    attention = "plain" if paths.attention == "plain" else "sdpa"
+    return OpsConfig(experts=experts, attention=attention, loss="chunked")  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------ standing for a device
 
 
-class _GroupedProduct(torch.autograd.Function):
-    """`F.grouped_mm`, which torch 2.9 lacks and later ones restrict on `meta`."""
-
-    @staticmethod
-    def forward(ctx, x_SD: Tensor, weight_EDF: Tensor) -> Tensor:
-        ctx.save_for_backward(x_SD, weight_EDF)
-        return x_SD.new_empty(x_SD.shape[0], weight_EDF.shape[-1])
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x_SD, weight_EDF = ctx.saved_tensors
-        return torch.empty_like(x_SD), torch.empty_like(weight_EDF)
-
-
 def _grouped_mm(x_SD: Tensor, weight_EDF: Tensor, *, offs: Tensor) -> Tensor:
-    return _GroupedProduct.apply(x_SD, weight_EDF)  # type: ignore[return-value]
+    """Of the right shapes, also the gradients'. torch 2.9 has none, later ones are particular on `meta`."""
+    return x_SD @ weight_EDF[0]
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float) -> Tensor:
-    """The fused kernels all keep their inputs, the output and one number per query."""
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)[0]
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False, scale=scale)[0]
+def _attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, is_causal: bool, scale: float) -> Tensor:
+    """All fused kernels keep inputs, output and a number per query."""
+    operation, debug = torch.ops.aten._scaled_dot_product_flash_attention, (False,)
+    if q_BHTK.device.type == "cpu":
+        operation, debug = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, ()
+    return operation(q_BHTK, k_BHSK, v_BHSV, 0.0, is_causal, *debug, scale=scale)[0]
 
 
-def _rms_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor, eps: float) -> Tensor:
-    """CUDA's fused norm keeps its inputs and one number per row; this keeps one more."""
-    return F.layer_norm(x, shape, weight, None, eps)
+def _rms_norm(x_BTD: Tensor, shape: tuple[int, ...], weight_D: Tensor, eps: float) -> Tensor:
+    """CUDA's norm keeps inputs and a number per row, this one two."""
+    return F.layer_norm(x_BTD, shape, weight_D, None, eps)
 
 
-class _Created(TorchFunctionMode):
+class _ToMeta(TorchFunctionMode):
     """What is created on a device, or moved to one, goes to `meta`."""
 
     def __init__(self, loads: list[int]):
@@ -267,7 +250,7 @@ def _standing_for(device_type: str, ledger: _Ledger) -> Iterator[None]:
     with (
         mock.patch.multiple(F, create=True, **stand_ins),
         mock.patch.object(Tensor, "device", told, create=True),
-        _Created(ledger.loads),
+        _ToMeta(ledger.loads),
         ledger,
     ):
         yield

@@ -50,10 +50,11 @@ class RMSNorm(nn.Module):
 
 
 class RotaryEmbedding:
-    """Interleaved rotary positions: the pair (2i, 2i+1) turns by `position * frequency_i`. Holds no tensors."""
+    """Interleaved rotary positions: the pair (2i, 2i+1) turns by `position * frequency_i`. No module: nothing to load."""
 
     def __init__(self, config: ModelConfig):
         self.width, self.theta, self.yarn = config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
+        self._on: dict[torch.device, Tensor] = {}  # copied once: each copy waits for a GPU
 
     def frequencies(self) -> Tensor:
         """Radians per token, (R/2), fp32. YaRN (2309.00071, section 3.2) slows the low ones and keeps the high ones."""
@@ -76,7 +77,10 @@ class RotaryEmbedding:
 
     def __call__(self, positions_BT: Tensor) -> Tensor:
         """Unit complex numbers to multiply pairs with, (B, T, R/2), complex64."""
-        angle = positions_BT.float()[..., None] * self.frequencies().to(positions_BT.device)
+        device = positions_BT.device
+        if device not in self._on:
+            self._on[device] = self.frequencies().to(device)
+        angle = positions_BT.float()[..., None] * self._on[device]
         if self.yarn is None:
             return torch.polar(torch.ones_like(angle), angle)
         both = self.yarn.mscale and self.yarn.mscale_all_dim

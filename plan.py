@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+import memory
 from config import Config, ModelConfig, to_yaml
 from counts import Counts, count_parameters, flops_per_token
-from losses import CHUNK_LOGITS
 from model import DeepSeekV3
-from optim import uses_muon
+from parallel import DTYPES
 from tracker import duration
 
 
@@ -27,43 +27,22 @@ def num_steps(config: Config, counts: Counts) -> int:
     return math.ceil(config.train.tokens_per_active_param * counts.active_with_head / config.train.batch_tokens)
 
 
-def memory_gib(config: Config, model: DeepSeekV3, *, compute_bytes: int) -> dict[str, float]:
-    """Estimated peak memory of one rank by part, GiB: from tensor sizes, not measured on any device.
-
-    fp32 weights, gradients and optimizer states; cast weights; activations that autograd keeps for one micro-batch.
-    """
-    cfg = config.model
-    sizes = {"weights": 0, "gradients": 0, "optimizer": 0, "weights cast for products": 0}
-    for name, parameter in model.named_parameters():
-        num = parameter.numel()
-        muon = config.optim.name == "muon" and uses_muon(name, parameter)
-        sizes["weights"] += 4 * num
-        sizes["gradients"] += 4 * num
-        sizes["optimizer"] += (4 if muon else 8) * num
-        if compute_bytes < 4 and parameter.dim() > 1:
-            sizes["weights cast for products"] += compute_bytes * num
-    tokens = config.train.micro_batch * config.data.seq_len
-    layers = cfg.num_hidden_layers + cfg.num_nextn_predict_layers
-    heads = cfg.num_attention_heads * (4 * cfg.qk_head_dim + 3 * cfg.v_head_dim)
-    latents = 2 * ((cfg.q_lora_rank or 0) + cfg.kv_lora_rank + cfg.qk_rope_head_dim)
-    experts = cfg.num_experts_per_tok * (2 * cfg.hidden_size + 5 * cfg.moe_intermediate_size)
-    shared = 5 * cfg.n_shared_experts * cfg.moe_intermediate_size
-    block = compute_bytes * (heads + latents + experts + shared + 4 * cfg.hidden_size) + 4 * 4 * cfg.hidden_size
-    if config.train.recompute == "full":  # one block at a time
-        sizes["weights cast for products"] //= layers
-    kept = 4 * cfg.hidden_size * layers + block if config.train.recompute else block * layers
-    heads_state = (1 + cfg.num_nextn_predict_layers) * compute_bytes * 2 * cfg.hidden_size
-    sizes["activations"] = tokens * (kept + heads_state)
-    sizes["logits and head gradient"] = (4 + 2 * compute_bytes) * CHUNK_LOGITS[
-        "cuda"
-    ] + 4 * cfg.vocab_size * cfg.hidden_size
-    return {part: size / 2**30 for part, size in sizes.items()}
+def describe_memory(config: Config) -> list[str]:
+    """The predicted peak of one GPU, GiB. Where the configuration leaves it open: in bf16, a row at a time."""
+    precision = "bf16" if config.train.precision == "auto" else config.train.precision
+    rows = config.train.micro_batch or 1
+    told = memory.peak(config, dtype=DTYPES[precision], rows=rows)
+    more = "" if config.train.micro_batch else " (auto: as many as fit)"
+    return [
+        f"memory    predicted peak of one GPU (cuda), {precision}, {rows} row{'s' * (rows > 1)} at a time{more}, GiB",
+        f"          reached in {told.phase}; slack and CUDA's own share are assumed, the rest is traced",
+        *(f"  {part:<26}{size / 2**30:>18.2f}" for part, size in [*told.parts.items(), ("sum", told.total)]),
+    ]
 
 
 def describe(config: Config, *, tokens_per_sec: float | None, price_per_hour: float | None) -> str:
     """The text of `--dry-run`."""
-    model = meta_model(config.model)
-    counts = count_parameters(model)
+    counts = count_parameters(meta_model(config.model))
     steps = num_steps(config, counts)
     tokens = steps * config.train.batch_tokens
     seq_len, per_parameter = config.data.seq_len, tokens / counts.active_with_head
@@ -71,7 +50,6 @@ def describe(config: Config, *, tokens_per_sec: float | None, price_per_hour: fl
     rows = [*counts.parts.items(), ("total", counts.total), ("active per token", counts.active)]
     rows += [("active with head", counts.active_with_head), ("MTP layers", counts.mtp)]
     rows += [("total with MTP", counts.total + counts.mtp), ("router biases", counts.router_bias)]
-    memory = memory_gib(config, model, compute_bytes=4 if config.train.precision == "fp32" else 2)
     lines = [
         to_yaml(config).rstrip(),
         "",
@@ -83,8 +61,7 @@ def describe(config: Config, *, tokens_per_sec: float | None, price_per_hour: fl
         f"FLOPs     {full / 1e9:.3f} GFLOP per token over all {seq_len} keys, {causal / 1e9:.3f} over the causal half",
         f"          {full * tokens:.2e} in all",
         "",
-        "memory    estimated from tensor sizes, GiB",
-        *(f"  {part:<26}{size:>18.2f}" for part, size in [*memory.items(), ("sum", sum(memory.values()))]),
+        *describe_memory(config),
     ]
     if tokens_per_sec:
         seconds = tokens / tokens_per_sec

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_model import TINY, build
+from test_model import TINY
 
 import config as configuration
-import optim
+import memory
 import plan
 import train
 from config import Config
@@ -52,41 +52,28 @@ def test_steps_follow_the_configuration(override: str, steps: int) -> None:
     assert plan.num_steps(config, count_parameters(plan.meta_model(config.model))) == steps
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_memory_of_weights_gradients_and_optimizer_is_what_they_take(name: str) -> None:
-    """Against a model's own tensors after one step."""
-    config = small(optim={"name": name})
-    model = build(config.model)
-    optimizers = optim.Optimizers(model, config.optim)
-    tokens = torch.arange(66).view(2, 33)
-    model(tokens[:, :-1], tokens[:, 1:]).loss.backward()  # type: ignore[union-attr]
-    gradients = sum(4 * parameter.grad.numel() for parameter in model.parameters() if parameter.grad is not None)
-    optimizers.step(1e-3)
-    state = sum(tensor.nbytes for tensor in optimizers.state().values() if tensor.dim())
+@pytest.mark.parametrize(
+    ("train", "dtype", "rows", "heading"),
+    [
+        ({}, torch.float32, 2, "GPU (cuda), fp32, 2 rows at a time, GiB"),
+        ({"precision": "auto", "micro_batch": 1}, torch.bfloat16, 1, "bf16, 1 row at a time, GiB"),
+        ({"precision": "fp16", "micro_batch": "auto"}, torch.float16, 1, "1 row at a time (auto: as many as fit), GiB"),
+    ],
+)
+def test_memory_says_what_it_stands_for(
+    train: dict[str, Any], dtype: torch.dtype, rows: int, heading: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
 
-    told = {part: round(gib * 2**30) for part, gib in plan.memory_gib(config, model, compute_bytes=4).items()}
-    assert told["weights"] == sum(parameter.nbytes for parameter in model.parameters())
-    assert told["gradients"] == gradients
-    assert told["optimizer"] == state
-    assert told["weights cast for products"] == 0  # fp32 is used as it is
+    def peak(config: Config, **options: Any) -> memory.Peak:
+        asked.update(options)
+        return memory.Peak(3 * 2**30, {"weights": 2**30, "slack": 2**31}, "backward")
 
-
-def test_memory_grows_with_rows_and_shrinks_with_recomputation() -> None:
-    def total(*overrides: str, compute_bytes: int = 2) -> dict[str, float]:
-        config = configuration.load("mini", ["train.micro_batch=4", "train.recompute=false", *overrides])
-        return plan.memory_gib(config, plan.meta_model(config.model), compute_bytes=compute_bytes)
-
-    base, rows, again = (
-        total("train.recompute=false", *more) for more in ((), ("train.micro_batch=8",), ("train.recompute=true",))
-    )
-    assert rows["activations"] == pytest.approx(2 * base["activations"])
-    assert again["activations"] < base["activations"] / 3
-    for other in (rows, again):
-        assert all(other[part] == base[part] for part in ("weights", "gradients", "optimizer"))
-    assert again["weights cast for products"] < base["weights cast for products"] / 5  # one block at a time
-    assert base["weights"] == pytest.approx(4 * 573_718_784 / 2**30)
-    full = total(compute_bytes=4)
-    assert full["activations"] > base["activations"] and base["weights cast for products"] > 1
+    monkeypatch.setattr(memory, "peak", peak)
+    lines = plan.describe_memory(small(train=train))
+    assert asked == {"dtype": dtype, "rows": rows}
+    assert heading in lines[0] and "in backward" in lines[1]
+    assert [line.split() for line in lines[2:]] == [["weights", "1.00"], ["slack", "2.00"], ["sum", "3.00"]]
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +93,7 @@ def test_the_default_run_in_figures(told: str) -> None:
     # Over all keys, as the device's utilisation is told; over half of them; and all of the run's.
     for figure in ("1.306 GFLOP per token over all 2048 keys", "1.143 over the causal half", "3.05e+18"):
         assert figure in told
-    memory = told.partition("memory ")[2]
-    gib = [float(number) for number in re.findall(r"(?m)^  \S.* {2,}(\d+\.\d\d)$", memory)]
+    gib = [float(number) for number in re.findall(r"(?m)^  \S.* {2,}(\d+\.\d\d)$", told.partition("memory ")[2])]
     assert gib[-1] == pytest.approx(sum(gib[:-1]), abs=0.01 * len(gib)) and len(gib) == 7
 
 

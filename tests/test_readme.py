@@ -16,14 +16,17 @@ from typing import NamedTuple
 import config_table
 import export
 import pytest
+import torch
 
 import checkpoint
 import config
 import generate
+import memory
 import parallel
 import plan
 import resume
 import train
+from counts import count_parameters
 
 ROOT = Path(train.__file__).resolve().parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -108,10 +111,12 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
 
 
 def check_train(words: list[str]) -> None:
-    """They parse, and the plan can be made: configuration, counts, FLOPs."""
+    """They parse, and the plan can be made: configuration and counts, with FLOPs and memory if they ask for it."""
     args = train.parse(words)
     settings = config.load(args.config, args.overrides)
-    plan.describe(settings, tokens_per_sec=args.tokens_per_sec, price_per_hour=args.price_per_hour)
+    assert plan.num_steps(settings, count_parameters(plan.meta_model(settings.model))) > 0
+    if args.dry_run:
+        plan.describe(settings, tokens_per_sec=args.tokens_per_sec, price_per_hour=args.price_per_hour)
 
 
 def check_torchrun(words: list[str]) -> None:
@@ -330,19 +335,19 @@ def test_derived_numbers() -> None:
     prose = " ".join(PROSE.split())
     assert f"{latent} numbers per token and layer" in prose
     assert f"would keep {plain:,}: {plain / latent:.1f} times less, {2 * latent} bytes in bf16" in prose
-    memory = plan.memory_gib(settings, plan.meta_model(model), compute_bytes=2)
+    parts = memory.peak(settings, dtype=torch.bfloat16, rows=1).parts
     copies = 2 * 4 * model.vocab_size * model.hidden_size  # embedding and head, again, for the MTP layer
-    size = (memory["weights"] + memory["optimizer"]) * 2**30 + copies
+    size = parts["weights"] + parts["optimizer state"] + copies
     assert f"A checkpoint of `mini` has about {size / 1e9:.0f} GB" in PROSE
 
 
 def test_the_estimate_for_mini() -> None:
     """As it is, it fits 12 GB with room for CUDA itself; without recomputation not even a T4's 15 GiB hold it."""
-    model = plan.meta_model(config.load("mini").model)
 
-    def gib(*overrides: str) -> float:
-        return sum(plan.memory_gib(config.load("mini", overrides), model, compute_bytes=2).values())
+    def gib(precision: torch.dtype, *overrides: str) -> float:
+        settings = config.load("mini", overrides)
+        return memory.peak(settings, dtype=precision, rows=settings.micro_rows).total / 2**30
 
-    assert gib() < 10 and gib("train.recompute=false") > 15
-    for override in ("train.micro_batch=1", "train.recompute=false"):
-        assert f"(`{override}`)" in PROSE
+    assert gib(torch.bfloat16) < 10 and gib(torch.float16, "train.recompute=none") > 15
+    for override in ("train.micro_batch=1", "train.micro_batch=auto", "train.recompute=none"):
+        assert f"`{override}`" in PROSE

@@ -29,7 +29,7 @@ LAYERS = (
     ("options", "config", "text", "tracker"),  # standard library, pydantic, yaml
     ("remote", "environment", "ops", "triton_ops", "losses", "tokenizer", "checkpoint"),  # receive values, not configs
     ("model", "sources", "data", "convert"),
-    ("counts", "parallel", "optim", "evals", "metrics", "resume"),
+    ("counts", "profiling", "parallel", "optim", "evals", "metrics", "resume"),
     ("generate", "probe", "memory"),
     ("plan",),
     ("train",),
