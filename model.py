@@ -50,7 +50,7 @@ class RMSNorm(nn.Module):
 
 
 class RotaryEmbedding:
-    """Interleaved rotary positions: the pair (2i, 2i+1) turns by `position * frequency_i`. No module: nothing to load."""
+    """Interleaved rotary positions: the pair (2i, 2i+1) turns by `position * frequency_i`. Nothing to load."""
 
     def __init__(self, config: ModelConfig):
         self.width, self.theta, self.yarn = config.qk_rope_head_dim, config.rope_theta, config.rope_scaling

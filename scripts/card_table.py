@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the modules lie beside this folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules lie beside this folder
 
 import config as configuration
 import memory
@@ -24,8 +23,9 @@ from counts import count_parameters, flops_per_token
 from parallel import DTYPES, NOMINAL_TFLOPS
 from plan import meta_model, num_steps
 
+ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-BEGIN, END = "<!-- table: python scripts/card_table.py --write -->", "<!-- end of table -->"
+BEGIN, END = "<!-- table: scripts/card_table.py -->", "<!-- end of table -->"
 HEADER = ("preset", "on", "rows at a time", "GiB", "tokens/s", "hours", "")
 PRESETS = ("30m", "100m", "mini", "1b")
 
@@ -68,14 +68,9 @@ def predicted(preset: str, name: str) -> tuple[str, ...]:
 
 
 def measured(entry: dict[str, Any]) -> tuple[str, ...]:
-    config, speed = configuration.load("quickstart"), entry["tokens_per_sec"]
-    numbers = (
-        f"{config.micro_rows}",
-        f"{entry['peak_memory_gib']:.1f}",
-        f"{speed:,.0f}",
-        f"{entry['wall_sec'] / 3600:.2g}",
-    )
-    return "quickstart", entry["hardware"], *numbers, "measured"
+    rows, gib, speed = entry["micro_batch"], entry["peak_memory_gib"], entry["tokens_per_sec"]
+    numbers = f"{rows}", f"{gib:.1f}", f"{speed:,.0f}", f"{entry['wall_sec'] / 3600:.2g}"
+    return entry["config"], entry["hardware"], *numbers, "measured"
 
 
 def table() -> str:
