@@ -15,12 +15,11 @@ def prepare() -> None:
     from dotenv import dotenv_values
 
     try:
-        values = dotenv_values(".env")
-    except ValueError:
-        raise UserError(".env: no UTF-8 text") from None
-    for name, value in values.items():
-        if value:  # an empty HF_HOME would put the cache into this folder
-            os.environ.setdefault(name, value)  # real variables win
+        for name, value in dotenv_values(".env").items():
+            if value:  # an empty HF_HOME would put the cache into this folder
+                os.environ.setdefault(name, value)  # real variables win
+    except ValueError as error:
+        raise UserError(f".env: no plain UTF-8 text ({error})") from None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     old, new = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"  # the new name works from torch 2.11 on
     if old not in os.environ and new not in os.environ:

@@ -15,6 +15,9 @@ IGNORE = -100  # a target that is not predicted; torch's own convention
 CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**26}
 
 
+LEAST_ROWS = 128  # of a chunk, for each byte of a number: 256 in 16 bits, 512 in fp32
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Computes gradients chunk by chunk in the forward pass, so that the (N, W) logits never exist (as Liger does)."""
 
@@ -43,7 +46,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_CW.scatter_add_(1, target_C[:, None], -row_weight_C[:, None])
                 grad_CW = grad_CW.to(hidden_ND.dtype)
                 grad_hidden_ND[part] = grad_CW @ head
-                grad_head_WD += grad_CW.mT @ hidden_CD
+                if grad_CW.dtype == torch.float32:
+                    grad_head_WD.addmm_(grad_CW.mT, hidden_CD)
+                else:
+                    grad_head_WD += grad_CW.mT @ hidden_CD
         if grad_hidden_ND is not None and grad_head_WD is not None:
             ctx.save_for_backward(grad_hidden_ND, grad_head_WD.to(head_WD.dtype))
         ctx.mark_non_differentiable(nats_N, correct_N)
@@ -95,6 +101,8 @@ def linear_cross_entropy(
         return (nats_X * weight_X).sum(), nats_X.detach(), correct_X
     at_once = CHUNK_LOGITS[hidden_ND.device.type] if chunk_logits is None else chunk_logits
     rows = max(1, at_once // head_WD.shape[0])
+    if chunk_logits is None:  # the head's gradient is read and written once a chunk: few rows are dear (LOG.md)
+        rows = max(rows, LEAST_ROWS * hidden_ND.dtype.itemsize)
     with_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or head_WD.requires_grad)
     weight_N = weight_X.repeat_interleave(target_XN.shape[1], output_size=target_XN.numel())
     loss, nats_N, correct_N = _LinearCrossEntropy.apply(  # type: ignore[misc]
