@@ -33,7 +33,7 @@ from optim import Optimizers, clip_gradients
 META = torch.device("meta")
 # Assumptions: nothing here was measured on a GPU. Which experts tokens choose is not known beforehand: the busiest gets
 # this many times the mean. CUDA's context takes 0.4 to 0.6 GiB, the allocator about 8% more than is in use
-# (performance.md, section 6), and cuBLAS a workspace of 32 MiB on sm_90, of 8 before.
+# (published by others), and cuBLAS a workspace of 32 MiB on sm_90, of 8 before.
 BUSIEST = 1.5
 CONTEXT = 2**29 + 2**25
 SLACK = 0.08

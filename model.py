@@ -503,7 +503,9 @@ class DeepSeekV3(nn.Module):
     def _run(self, block: nn.Module, *args: Tensor | LatentCache | None) -> tuple[Tensor, Routing | None]:
         full = self.recompute == "full"
         # A compiled block is the same graph both times, and would be another one with a choice at hand.
-        return recomputed(full, block, *args, chosen=[] if full and not self.compiled else None)
+        if torch.is_grad_enabled():
+            return recomputed(full, block, *args, chosen=[] if full and not self.compiled else None)
+        return block.forward(*args)  # never compiled: lengths differ in sampling, and each would be compiled anew
 
     def _losses(
         self,

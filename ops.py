@@ -7,6 +7,7 @@ slots in the experts, `M` = N*A routed (token, expert) pairs.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +31,7 @@ PLAIN_TOKENS = 512  # measured on AVX512-bf16: half the time of torch's fused CP
 def attention_paths(device: torch.device, dtype: torch.dtype, num_tokens: int) -> list[str]:
     """Paths worth considering here, the one that "auto" takes first.
 
-    sm_75 has no flash kernel and sm_80 to sm_89 no cuDNN kernel worth a try (performance.md, section 4): not measured.
+    sm_75 has no flash kernel and sm_80 to sm_89 no cuDNN kernel worth a try by what others publish: not measured.
     """
     if device.type == "cpu":
         plain_first = dtype == torch.bfloat16 and num_tokens <= PLAIN_TOKENS
@@ -113,24 +114,26 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Ten
 # ------------------------------------------------------------------------------------------------------------- experts
 
 
-MOST_PADDING = 1.6  # rows with padding over rows; a guess for sm_75 (performance.md, section 2.1), not measured
+MOST_PADDING = 1.6  # rows with padding over rows; a guess for sm_75 by what others publish, not measured
 
 
 def experts_paths(device: torch.device, dtype: torch.dtype, hidden: int, width: int) -> list[str]:
-    """Paths worth considering here, the one that "auto" takes first (performance.md, section 2.1; not measured)."""
+    """Paths worth considering here, the one that "auto" takes first (GPUs: by what others publish)."""
     grouped = ["grouped"] if _has_grouped_product(dtype, hidden, width) else []
     if device.type == "cpu":  # padding gains a tenth when experts are even, and loses as much as they are not (LOG.md)
         return [*grouped, "loop", "padded"]
     capability = torch.cuda.get_device_capability(device)
     if dtype != torch.bfloat16 or capability < (8, 0):
         return ["padded", "loop"]
-    kernels = [name for name, package in (("triton", "triton"), ("liger", "liger_kernel")) if _installed(package)]
-    # Before sm_90 torch's grouped product copies the counts to the host and multiplies expert by expert.
-    return [*grouped, *kernels] if capability >= (9, 0) and grouped else [*kernels, "padded"]
+    # Before sm_90 torch's grouped product copies the counts to the host and multiplies expert by expert. "liger" is
+    # taken by name only: it adds up the router's gradient in any order, and equal runs are to end with equal bits.
+    triton = ["triton"] if _has_triton() else []
+    return [*grouped, *triton] if capability >= (9, 0) and grouped else [*triton, "padded"]
 
 
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def liger_ops() -> Any:
@@ -195,7 +198,9 @@ class WeightedSwiGLU(torch.autograd.Function):
     def forward(ctx, gate_up_XG: Tensor, weight_X1: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up_XG, weight_X1)
         gate_XF, up_XF = gate_up_XG.chunk(2, dim=-1)
-        return F.silu(gate_XF).mul_(up_XF).mul_(weight_X1)
+        out_XF = F.silu(gate_XF).mul_(up_XF).mul_(weight_X1)
+        # Padding weighs 0, and may overflow where its expert never saw such a token: 0 * inf is no 0.
+        return out_XF.masked_fill_(weight_X1 == 0, 0) if out_XF.dtype == torch.float16 else out_XF
 
     @staticmethod
     @once_differentiable
@@ -212,6 +217,8 @@ class WeightedSwiGLU(torch.autograd.Function):
         grad_gate_XF, grad_up_XF = grad_gate_up_XG.chunk(2, dim=-1)
         torch.mul(grad_XF, silu_XF, out=grad_up_XF)
         torch.ops.aten.silu_backward.grad_input(grad_XF.mul_(up_XF), gate_XF, grad_input=grad_gate_XF)
+        if gate_up_XG.dtype == torch.float16:
+            grad_gate_up_XG.masked_fill_(weight_X1 == 0, 0)
         return grad_gate_up_XG, grad_weight_X1.to(weight_X1.dtype)
 
 

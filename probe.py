@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ def choose(
 ) -> tuple[OpsConfig, list[str]]:
     """The paths of a run, none of them "auto", and what there is to tell about them.
 
-    `stored` are those of the checkpoint that is resumed. Raises UserError where a path is asked for by name that this
-    device, dtype or shape does not have.
+    `stored` are those of the checkpoint that is resumed. Raises UserError where a path is asked for by name that does
+    not work for this device, dtype or shape.
     """
     cfg = config.model
     rows = max(1, min(config.micro_rows, MOST_TOKENS[device.type] // config.data.seq_len))
@@ -47,26 +48,26 @@ def choose(
         "loss": (1 + cfg.num_nextn_predict_layers) * tokens * cfg.vocab_size * cfg.hidden_size,
     }
     runs = {"experts": _experts_run, "attention": _attention_run, "loss": _loss_run}
+    if config.train.compile and dtype == torch.float32 and "grouped" in candidates["experts"]:
+        candidates["experts"].remove("grouped")  # torch compiles it for bf16 only
+    probe = (config, rows, device, dtype)
     chosen: dict[str, str] = {}
     notes: list[str] = []
     for name, paths in candidates.items():
         given = getattr(config.ops, name)
-        if given not in ("auto", *paths):
-            raise UserError(
-                f"ops.{name} = {given} does not exist for {dtype} on this {device.type}; "
-                f"allowed: auto, {', '.join(paths)}"
-            )
-        if given != "auto":
-            chosen[name] = given
-        elif stored.get(name) in paths:
-            chosen[name] = stored[name]
-        else:
-            if name in stored:
-                notes.append(f"the checkpoint's {name} path, {stored[name]}, does not exist on this device")
-            chosen[name] = paths[0]
-            if len(paths) > 1 and work[name] >= SMALL:
-                chosen[name], told = fastest(paths, runs[name](config, rows, device, dtype), device)
-                notes += [f"{name}: {line}" for line in told]
+        wanted = given if given != "auto" else stored.get(name)
+        if wanted is not None and wanted not in paths and (problem := _problem(wanted, runs[name], probe)):
+            if given != "auto":
+                raise UserError(
+                    f"ops.{name} = {given} does not work for {dtype} on this {device.type} ({problem}); "
+                    f"auto takes one of {', '.join(paths)}"
+                )
+            notes.append(f"the checkpoint's {name} path, {wanted}, does not work on this device ({problem})")
+            wanted = None
+        if wanted is None and len(paths) > 1 and work[name] >= SMALL:
+            wanted, told = fastest(paths, runs[name](*probe), device)
+            notes += [f"{name}: {line}" for line in told]
+        chosen[name] = wanted or paths[0]
     notes.append("paths: " + ", ".join(f"{name} {path}" for name, path in chosen.items()))
     return OpsConfig(**chosen), notes  # type: ignore[arg-type]
 
@@ -84,7 +85,7 @@ def fastest(paths: list[str], run: Run, device: torch.device) -> tuple[str, list
             results = run(path)
             if wanted is None:
                 wanted = results
-            elif (off := _difference(results, wanted)) > TOLERANCE:
+            elif not (off := _difference(results, wanted)) <= TOLERANCE:  # NaN is wrong, too
                 notes.append(f"{path} left out, it differs from {next(iter(best))} by {off:.2g}")
                 continue
             best[path] = _time(lambda path=path: run(path), device)
@@ -102,10 +103,20 @@ def fastest(paths: list[str], run: Run, device: torch.device) -> tuple[str, list
 
 
 def _difference(results: list[Tensor], wanted: list[Tensor]) -> float:
-    return max(
-        float((one.float() - other.float()).abs().max() / other.float().abs().max().clamp(min=1e-6))
+    parts = [
+        (one.float() - other.float()).abs().max() / other.float().abs().max().clamp(min=1e-6)
         for one, other in zip(results, wanted, strict=True)
-    )
+    ]
+    return float(torch.stack(parts).max())
+
+
+def _problem(path: str, make: Callable[..., Run], probe: tuple[Any, ...]) -> str:
+    """Why a path that nobody would choose here does not even work; empty where it does."""
+    try:
+        make(*probe)(path)
+    except Exception as error:  # noqa: BLE001  # whatever a kernel raises here
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return ""
 
 
 def _time(run: Callable[[], object], device: torch.device) -> float:

@@ -138,7 +138,8 @@ def move_aside(run_dir: Path) -> None:
 
 def check_config(saved: TrainState, config: Config, precision: str) -> None:
     """Raise UserError naming the first key that must not change and has, with both values."""
-    before, now = _flat(saved.config), _flat(learned(config))
+    defaults, now = _flat(learned(Config())), _flat(learned(config))
+    before = {key: defaults[key] for key in now.keys() & defaults.keys()} | _flat(saved.config)  # younger keys
     for key in sorted(before.keys() | now.keys()):
         resolved = key in ("data.sources", "train.precision")  # compared by what they come to
         if not resolved and before.get(key) != now.get(key):

@@ -38,7 +38,7 @@ class Card(NamedTuple):
     share: float
 
 
-CARDS = {  # share: the aims of performance.md, section 10
+CARDS = {  # share: aims, see README
     "T4": Card("fp16", 14.6, 0.18),
     "RTX 3060": Card("bf16", 11.6, 0.3),
     "RTX 4070": Card("bf16", 11.6, 0.3),

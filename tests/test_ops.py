@@ -96,6 +96,24 @@ def test_experts_equal_the_loop(name: str, routing: str, dtype: torch.dtype) -> 
     assert counts.sum() == tokens * active  # nothing is dropped
 
 
+def test_padding_that_overflows_in_fp16_poisons_nothing() -> None:
+    """Padding repeats token 0 at experts that it did not choose, where its activation may be anything."""
+    x = leaf(9, 4, dtype=torch.float16).detach().abs().requires_grad_()
+    chosen = torch.tensor([[0]] * 5 + [[1]] * 4)
+    weight = torch.ones(9, 1)
+    with torch.no_grad():
+        x[:5] *= 100
+        x[5:] *= 0.01
+    gate_up, down = torch.ones(2, 8, 4, requires_grad=True), torch.ones(2, 4, 4, requires_grad=True)
+    with torch.no_grad():
+        gate_up[0] *= 1e-3
+        gate_up[1] *= 3
+    out = ops.grouped_experts(x, chosen, weight, gate_up, down, "padded")[0]
+    assert out.isfinite().all()
+    for gradient in torch.autograd.grad(out.float().sum(), (x, gate_up, down)):
+        assert gradient.isfinite().all()
+
+
 def test_many_experts_are_summed_in_fp32() -> None:
     """Eight bf16 outputs rounded once: within a rounding of the exact sum, forward and backward."""
     tokens, active, hidden = 64, 8, 32

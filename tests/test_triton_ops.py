@@ -189,7 +189,8 @@ def test_product_and_gradients_in_the_interpreter(compared: str, interpreted: di
     assert all(difference <= 0 for difference in interpreted[compared]), interpreted[compared]
 
 
-@pytest.mark.parametrize("capability", [86, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 89))])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 86, 89])
 def test_kernels_compile_for_the_cards(capability: int, tmp_path: Path) -> None:
     """For tensor cores, with asynchronous copies, in sm_86's and sm_89's shared memory; the host reads no value."""
     shared = run(tmp_path, "compile", str(capability))["shared"]
