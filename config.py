@@ -17,9 +17,20 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from options import Reader, Schema, Section, UserError, dump, shown
 
-__all__ = ["Config", "ModelConfig", "SourceConfig", "UserError", "YarnConfig", "describe", "load", "to_yaml"]
+__all__ = [
+    "DTYPE_NAMES",
+    "Config",
+    "ModelConfig",
+    "SourceConfig",
+    "UserError",
+    "YarnConfig",
+    "describe",
+    "load",
+    "to_yaml",
+]
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # ours: torch's and config.json's
 
 
 class YarnConfig(Section):
@@ -321,6 +332,10 @@ class Config(Section):
         """`train.micro_batch`, once it is known."""
         assert self.train.micro_batch is not None
         return self.train.micro_batch
+
+    def rank_rows(self, world_size: int) -> int:
+        """Rows of a step that the rank with the most has."""
+        return -(-self.rows_per_step // world_size)
 
     def with_micro_batch(self, rows: int) -> Config:
         return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch": rows})})

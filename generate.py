@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import environment
-from config import UserError
+from config import DTYPE_NAMES, UserError
 from options import Parser
 from text import TextStream, prompt_ids, safe_text
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from model import DeepSeekV3
 
 DEFAULT_NEW_TOKENS = 128  # or what the context leaves
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # ours: torch's
 
 
 def load(
@@ -60,10 +59,10 @@ def load_model(folder: Path, device: torch.device | str, dtype: torch.dtype | st
     from model import DeepSeekV3
 
     config, state = convert.load(folder)
-    wanted = getattr(torch, DTYPES[dtype]) if isinstance(dtype, str) else dtype
+    wanted = getattr(torch, DTYPE_NAMES[dtype]) if isinstance(dtype, str) else dtype
     compute = wanted or state["model.embed_tokens.weight"].dtype
-    if compute not in [getattr(torch, name) for name in DTYPES.values()]:
-        raise UserError(f"{folder}: weights in {compute} are not supported, only {', '.join(DTYPES.values())}")
+    if compute not in [getattr(torch, name) for name in DTYPE_NAMES.values()]:
+        raise UserError(f"{folder}: weights in {compute} are not supported, only {', '.join(DTYPE_NAMES.values())}")
     with torch.device("meta"):
         model = DeepSeekV3(config, compute)
     for name in list(state):  # one at a time; copies, for they are mapped from files that may be rewritten
@@ -254,7 +253,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the random choices (default: 0)")
     add("--num-samples", type=int, default=1, help="continuations of each prompt (default: 1)")
     add("--device", default="auto", help="cpu, cuda or cuda:N; auto: a GPU if there is one (default)")
-    add("--dtype", default="auto", choices=["auto", *DTYPES], help="arithmetic; auto: as stored (default)")
+    add("--dtype", default="auto", choices=["auto", *DTYPE_NAMES], help="arithmetic; auto: as stored (default)")
     given = parser.parse_args(arguments)
     given.sampling = Sampling(0.0 if given.greedy else given.temperature, given.top_k, given.top_p)
     given.sampling.check()

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops import liger_ops
+from ops import installed, liger_ops
 
 IGNORE = -100  # a target that is not predicted; torch's own convention
 # Logits held at once: on a CPU what its caches hold (LOG.md), on a GPU enough for full-speed products (not measured).
 CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**26}
-
-
 LEAST_ROWS = 128  # of a chunk, for each byte of a number: 256 in 16 bits, 512 in fp32
 
 
@@ -66,7 +62,7 @@ def loss_paths(device: torch.device) -> list[str]:
     """Paths worth considering here, the one that "auto" takes first. On a CPU torch's is many times slower (LOG.md)."""
     if device.type == "cpu":
         return ["chunked"]
-    liger = torch.cuda.get_device_capability(device) >= (8, 0) and importlib.util.find_spec("liger_kernel") is not None
+    liger = torch.cuda.get_device_capability(device) >= (8, 0) and installed("liger_kernel")
     return ["chunked", *["liger"] * liger]  # torch's does not count right tokens: by name only
 
 

@@ -56,7 +56,7 @@ class Peak(NamedTuple):
 
 def peak(config: Config, *, dtype: torch.dtype, rows: int, device_type: str = "cuda", world_size: int = 1) -> Peak:
     """The peak of one rank, at most `rows` at a time. Takes seconds: every operation of the step is run."""
-    most = -(-config.rows_per_step // world_size)
+    most = config.rank_rows(world_size)
     turns = -(-most // rows)
     rows = -(-most // turns)  # as train.micro_batches cuts them
     seq_len, depth = config.data.seq_len, config.model.num_nextn_predict_layers
@@ -105,7 +105,7 @@ def largest_micro_batch(
     """The most rows at a time whose peak fits `available` bytes, CUDA's context among them. Raises UserError if one row
     does not fit. A number of rows that train.micro_batches would cut into smaller parts is not considered.
     """
-    most = -(-config.rows_per_step // world_size)
+    most = config.rank_rows(world_size)
     choices = sorted({-(-most // turns) for turns in range(1, most + 1)})
     trace = functools.partial(peak, config, dtype=dtype, device_type=device_type, world_size=world_size)
     first = trace(rows=1)

@@ -1,8 +1,8 @@
 """The expensive operations of a block, attention and routed experts, in several forms, each beside a plain reference.
 
-Which form ("path") is taken can be given by name; "auto" decides by device, dtype and shape. `probe.py` times the paths
-of `candidates` at the start of a run. Shapes are named as in `model.py`; `S` is the number of keys in attention and of
-slots in the experts, `M` = N*A routed (token, expert) pairs.
+Which form ("path") is taken can be given by name; "auto" decides by device, dtype and shape. `probe.py` times those
+that are worth considering at the start of a run. Shapes are named as in `model.py`; `S` is the number of keys in
+attention and of slots in the experts, `M` = N*A routed (token, expert) pairs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from config import DTYPE_NAMES
+
+DTYPES: dict[str, torch.dtype] = {ours: getattr(torch, name) for ours, name in DTYPE_NAMES.items()}
+
+
+@functools.cache
+def installed(package: str) -> bool:
+    """Whether an optional package can be imported."""
+    return importlib.util.find_spec(package) is not None
+
 
 # ----------------------------------------------------------------------------------------------------------- attention
 
@@ -127,13 +138,8 @@ def experts_paths(device: torch.device, dtype: torch.dtype, hidden: int, width: 
         return ["padded", "loop"]
     # Before sm_90 torch's grouped product copies the counts to the host and multiplies expert by expert. "liger" is
     # taken by name only: it adds up the router's gradient in any order, and equal runs are to end with equal bits.
-    triton = ["triton"] if _has_triton() else []
+    triton = ["triton"] if installed("triton") else []
     return [*grouped, *triton] if capability >= (9, 0) and grouped else [*triton, "padded"]
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def liger_ops() -> Any:

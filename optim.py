@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from config import OptimConfig
 from model import DeepSeekV3, moe_layers
+from ops import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic of Keller Jordan's Newton-Schulz iteration
 NS_STEPS = 5
-NS_BATCH_ELEMENTS = 2**25  # orthogonalised at once, unless one parameter is larger: about 0.5 GiB of temporaries
+NS_BATCH_ELEMENTS = 2**25  # orthogonalised at once, which bounds the temporaries; a single matrix may be larger
 
 
 def newton_schulz(x_XAB: Tensor) -> Tensor:

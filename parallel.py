@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 from config import UserError
 
 T = TypeVar("T")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TORCH_RANGE = "torch>=2.9,<2.14"
 # Dense 16-bit matrix products with fp32 accumulation, TFLOP/s, from the vendor's data sheets, by the ends of device
 # names; whatever else there is (Ti, SUPER, Laptop, PCIe) is measured.

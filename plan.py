@@ -11,7 +11,7 @@ import memory
 from config import Config, ModelConfig, to_yaml
 from counts import Counts, count_parameters, flops_per_token
 from model import DeepSeekV3
-from parallel import DTYPES
+from ops import DTYPES
 from tracker import duration
 
 

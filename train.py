@@ -83,8 +83,7 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
         unit, (unit * mtp_weight / max(1, depth),) * depth, unit * seq_len * config.model.aux_loss_alpha
     )
     nothing = LossWeights(0.0, (0.0,) * depth, 0.0)
-    most = -(-rows // mesh.world_size)
-    parts = micro_batches(len(batch.tokens), -(-most // config.micro_rows))
+    parts = micro_batches(len(batch.tokens), -(-config.rank_rows(mesh.world_size) // config.micro_rows))
     alone = run.replica is run.model  # DDP's buckets are the gradients: dropping them would make every one twice
     run.optimizers.zero_grad(set_to_none=alone)
     sums: Tensor | None = None
@@ -168,6 +167,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
     import tokenizer as tokenizers
     from counts import count_parameters, flops_per_token
     from metrics import Clock
+    from ops import DTYPES
     from tracker import Tracker
 
     run_dir = Path(config.run.dir)
@@ -179,7 +179,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
             )
         precision = parallel.pick_precision(config.train.precision, mesh.device)
         parallel.set_arithmetic(precision, mesh.device)
-        dtype = parallel.DTYPES[precision]
+        dtype = DTYPES[precision]
         config = config.with_micro_batch(mesh.from_main(on_main(mesh, lambda: fitting_rows(config, mesh, dtype))))
         counts = count_parameters(plan.meta_model(config.model))
         steps = plan.num_steps(config, counts)
@@ -326,9 +326,8 @@ def fitting_rows(config: Config, mesh: Mesh, dtype: torch.dtype) -> int:
     """`train.micro_batch`; for auto the most that fit: on a GPU by the predicted peak, on a CPU its caches."""
     if config.train.micro_batch is not None:
         return config.train.micro_batch
-    most = -(-config.rows_per_step // mesh.world_size)
     if mesh.device.type == "cpu":
-        return min(most, max(1, CPU_MICRO_TOKENS // config.data.seq_len))
+        return min(config.rank_rows(mesh.world_size), max(1, CPU_MICRO_TOKENS // config.data.seq_len))
     import memory
     from parallel import usable_memory
 
@@ -346,8 +345,8 @@ def build(
     import plan
     import resume
     from model import init_weights
+    from ops import DTYPES
     from optim import LossScale, Optimizers
-    from parallel import DTYPES
 
     model = plan.meta_model(config.model, DTYPES[precision], recompute=config.train.recompute, paths=paths)
     model.to_empty(device=mesh.device)

@@ -61,12 +61,12 @@ import sources
 import tokenizer as tokenizers
 from counts import count_parameters, flops_per_token
 from model import MLP, DeepSeekV3, LossWeights, init_weights
+from ops import DTYPES
 from optim import Muon, Optimizers, as_matrices, update_router_bias
 from options import Parser
 
 Rows = list[dict[str, Any]]
 Run = Callable[[], Any]
-DTYPES = parallel.DTYPES
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}  # relative to the largest value
 MOST_FLIPS = 1e-3  # rows with a token routed otherwise, as a share of all tokens
 MOST_COPIES_GIB = 4.0

@@ -20,7 +20,8 @@ import config as configuration
 import memory
 from config import Config, UserError
 from counts import count_parameters, flops_per_token
-from parallel import DTYPES, NOMINAL_TFLOPS
+from ops import DTYPES
+from parallel import NOMINAL_TFLOPS
 from plan import meta_model, num_steps
 
 ROOT = Path(__file__).resolve().parent.parent

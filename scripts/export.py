@@ -21,10 +21,9 @@ from torch import Tensor
 
 import checkpoint
 import convert
-from config import UserError
+from config import DTYPE_NAMES, UserError
 from options import Parser
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # ours: torch's and config.json's
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
@@ -40,11 +39,11 @@ def export(checkpoint_path: Path, out: Path, *, dtype: str = "bf16", mtp: bool =
     if not mtp:
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
     tensors = convert.to_checkpoint(state, config)
-    target = getattr(torch, DTYPES[dtype])
+    target = getattr(torch, DTYPE_NAMES[dtype])
     _check_range(tensors, target)
     hf = checkpoint.read_json(source / "config.json")
     tokens = {f"{name}_token_id": hf.get(f"{name}_token_id") for name in ("bos", "eos")}
-    hf_config = convert.hf_config(config, dtype=DTYPES[dtype], **tokens)
+    hf_config = convert.hf_config(config, dtype=DTYPE_NAMES[dtype], **tokens)
     files = {name: (source / name).read_bytes() for name in COMPANIONS if (source / name).is_file()}
     files["config.json"] = (json.dumps(hf_config, indent=2) + "\n").encode()
     dtypes = {name: target for name in tensors if not name.endswith(convert.BIAS)}
@@ -76,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="export.py", description=summary)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run, checkpoint, or model directory")
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must not exist or be empty")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the weights (default: bf16)")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="bf16", help="dtype of the weights (default: bf16)")
     parser.add_argument("--no-mtp", dest="mtp", action="store_false", help="leave out the MTP layers")
     try:
         given = parser.parse_args(arguments)

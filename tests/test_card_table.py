@@ -11,7 +11,7 @@ import pytest
 
 import config as configuration
 import memory
-from parallel import DTYPES
+from ops import DTYPES
 
 TABLE = card_table.README.read_text(encoding="utf-8").partition(card_table.BEGIN)[2].partition(card_table.END)[0]
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in TABLE.strip().splitlines()[2:]]

@@ -21,6 +21,7 @@ from torch.distributed import TCPStore
 
 import parallel
 from config import Config, UserError
+from ops import DTYPES
 from parallel import Mesh, peak_flops, pick_device, pick_precision
 
 ROOT = Path(parallel.__file__).parent
@@ -243,7 +244,7 @@ def test_precision_on_a_gpu(native: bool, auto: str, monkeypatch: pytest.MonkeyP
 
 def test_every_precision_of_the_configuration_has_a_dtype() -> None:
     named = set(get_args(type(Config().train).model_fields["precision"].annotation))
-    assert named - {"auto"} == set(parallel.DTYPES)
+    assert named - {"auto"} == set(DTYPES)
 
 
 # ---- what a device can do
