@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,43 +11,60 @@ from torch import Tensor
 from ops import installed, liger_ops
 
 IGNORE = -100  # a target that is not predicted; torch's own convention
-# Logits held at once: on a CPU what its caches hold (LOG.md), on a GPU enough for full-speed products (not measured).
-CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**26}
-LEAST_ROWS = 128  # of a chunk, for each byte of a number: 256 in 16 bits, 512 in fp32
+# Logits computed at once: on a CPU what its caches hold (LOG.md), on a GPU enough for fast products (not measured).
+TILE_LOGITS = {"cpu": 2**21, "cuda": 2**26}
+LEAST_ROWS = 512  # of a chunk: the head's gradient is read and written once for each (LOG.md)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes gradients chunk by chunk in the forward pass, so that the (N, W) logits never exist (as Liger does)."""
+    """Computes gradients in the forward pass, so that the (N, W) logits never exist (as Liger does).
+
+    A chunk of C rows meets the vocabulary in tiles of X words: first for the logits and their log-sum-exp, then, from
+    the logits that were kept, for the gradients.
+    """
 
     @staticmethod
-    def forward(ctx, hidden_ND, head_WD, target_N, weight_N, rows, with_grad):  # type: ignore[override]
+    def forward(ctx, hidden_ND, head_WD, target_N, weight_N, rows, width, with_grad):  # type: ignore[override]
         head = head_WD.to(hidden_ND.dtype)
+        words = [slice(start, min(start + width, len(head))) for start in range(0, len(head), width)]
         nats_N = torch.empty(len(target_N), dtype=torch.float32, device=hidden_ND.device)
         correct_N = torch.empty(len(target_N), dtype=torch.bool, device=hidden_ND.device)
         grad_hidden_ND = torch.empty_like(hidden_ND) if with_grad else None
         grad_head_WD = torch.zeros_like(head_WD, dtype=torch.float32) if with_grad else None
+        kept = hidden_ND.new_empty(min(rows, len(hidden_ND)) * len(head))  # one for all: fresh pages are dear (LOG.md)
         for start in range(0, len(target_N), rows):
             part = slice(start, start + rows)
-            hidden_CD, target_C = hidden_ND[part], target_N[part]
-            seen_C = target_C != IGNORE
-            target_C = target_C.clamp(min=0)
-            logits_CW = F.linear(hidden_CD, head)
-            probs_CW = logits_CW.softmax(-1, dtype=torch.float32)
-            largest_C = logits_CW.amax(-1).float()
-            wanted_C = logits_CW.gather(1, target_C[:, None]).squeeze(1).float()
-            # The largest probability is exp(largest - log z) and never underflows.
-            nats_N[part] = (largest_C - probs_CW.amax(-1).log() - wanted_C) * seen_C
-            correct_N[part] = (wanted_C >= largest_C) & seen_C
-            if grad_hidden_ND is not None and grad_head_WD is not None:
-                row_weight_C = (weight_N[part] * seen_C).float()
-                grad_CW = probs_CW.mul_(row_weight_C[:, None])
-                grad_CW.scatter_add_(1, target_C[:, None], -row_weight_C[:, None])
-                grad_CW = grad_CW.to(hidden_ND.dtype)
-                grad_hidden_ND[part] = grad_CW @ head
-                if grad_CW.dtype == torch.float32:
-                    grad_head_WD.addmm_(grad_CW.mT, hidden_CD)
+            hidden_CD, seen_C = hidden_ND[part], target_N[part] != IGNORE
+            target_C = target_N[part].clamp(min=0)
+            tiles = [_Tile.of(word, target_C, kept) for word in words]
+            log_z, largest, wanted_C = [], [], torch.zeros_like(target_C, dtype=torch.float32)
+            for tile in tiles:
+                torch.mm(hidden_CD, head[tile.words].mT, out=tile.logits_CX)
+                probs_CX = tile.logits_CX.softmax(-1, dtype=torch.float32)
+                largest.append(tile.logits_CX.amax(-1).float())
+                # The largest probability is exp(largest - log z) and never underflows.
+                log_z.append(largest[-1] - probs_CX.amax(-1).log())
+                logit_C = tile.logits_CX.gather(1, tile.place_C1).squeeze(1).float()
+                wanted_C = torch.where(tile.inside_C, logit_C, wanted_C)
+            log_z_C = torch.stack(log_z).logsumexp(0)
+            nats_N[part] = (log_z_C - wanted_C) * seen_C
+            correct_N[part] = (wanted_C >= torch.stack(largest).amax(0)) & seen_C
+            if grad_hidden_ND is None or grad_head_WD is None:
+                continue
+            row_weight_C = (weight_N[part] * seen_C).float()
+            grad_CD = torch.zeros_like(hidden_CD, dtype=torch.float32)
+            for tile in tiles:
+                if len(tiles) > 1:  # else they are at hand
+                    probs_CX = tile.logits_CX.float().sub_(log_z_C[:, None]).exp_()
+                probs_CX.mul_(row_weight_C[:, None])
+                probs_CX.scatter_add_(1, tile.place_C1, -(row_weight_C * tile.inside_C)[:, None])
+                grad_CX = probs_CX.to(hidden_ND.dtype)
+                grad_CD += grad_CX @ head[tile.words]
+                if grad_CX.dtype == torch.float32:
+                    grad_head_WD[tile.words].addmm_(grad_CX.mT, hidden_CD)
                 else:
-                    grad_head_WD += grad_CW.mT @ hidden_CD
+                    grad_head_WD[tile.words] += grad_CX.mT @ hidden_CD
+            grad_hidden_ND[part] = grad_CD
         if grad_hidden_ND is not None and grad_head_WD is not None:
             ctx.save_for_backward(grad_hidden_ND, grad_head_WD.to(head_WD.dtype))
         ctx.mark_non_differentiable(nats_N, correct_N)
@@ -55,7 +74,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         grad_hidden_ND, grad_head_WD = ctx.saved_tensors
         # Out of place: autograd may keep the saved tensors for another backward.
-        return grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype), grad_head_WD * grads[0], None, None, None, None
+        grad_hidden_ND = grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype)
+        return grad_hidden_ND, grad_head_WD * grads[0], None, None, None, None, None
+
+
+class _Tile(NamedTuple):
+    """Some rows' logits for some words; where the targets are among these, and which rows have theirs there."""
+
+    words: slice
+    logits_CX: Tensor
+    place_C1: Tensor
+    inside_C: Tensor
+
+    @classmethod
+    def of(cls, words: slice, target_C: Tensor, kept: Tensor) -> _Tile:
+        rows, width = len(target_C), words.stop - words.start
+        logits_CX = kept[rows * words.start : rows * words.stop].view(rows, width)
+        place_C = target_C - words.start
+        return cls(words, logits_CX, place_C.clamp(0, width - 1)[:, None], (place_C >= 0) & (place_C < width))
 
 
 def loss_paths(device: torch.device) -> list[str]:
@@ -73,7 +109,7 @@ def linear_cross_entropy(
     weight_X: Tensor,
     *,
     path: str = "auto",
-    chunk_logits: int | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted cross-entropy of `softmax(hidden @ head.T)` without full logits, for X heads (main and MTP) in one pass.
 
@@ -82,6 +118,7 @@ def linear_cross_entropy(
             in fp32. head_WD: the shared head, cast to it.
         target_XN: int64, `IGNORE` for rows without loss. weight_X: fp32 weight of every head (no gradient); it holds
             the fp16 loss scale too, so that small gradients survive the 16-bit products.
+        tile: rows and words of the logits that "chunked" computes at once; None: as the device likes it.
         path: "chunked" (ours), "torch" (`F.linear_cross_entropy`, torch 2.13), "liger", or "auto".
     Returns:
         sum of weight * nats (differentiable); nats per head; targets that no token is more likely than, per head, NaN
@@ -95,14 +132,14 @@ def linear_cross_entropy(
         ]
         nats_X, correct_X = (torch.stack(values) for values in zip(*parts, strict=True))
         return (nats_X * weight_X).sum(), nats_X.detach(), correct_X
-    at_once = CHUNK_LOGITS[hidden_ND.device.type] if chunk_logits is None else chunk_logits
-    rows = max(1, at_once // head_WD.shape[0])
-    if chunk_logits is None:  # the head's gradient is read and written once a chunk: few rows are dear (LOG.md)
-        rows = max(rows, LEAST_ROWS * hidden_ND.dtype.itemsize)
+    if tile is None:
+        at_once = TILE_LOGITS[hidden_ND.device.type]
+        rows = max(LEAST_ROWS, at_once // head_WD.shape[0])
+        tile = rows, max(1, at_once // rows)
     with_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or head_WD.requires_grad)
     weight_N = weight_X.repeat_interleave(target_XN.shape[1], output_size=target_XN.numel())
     loss, nats_N, correct_N = _LinearCrossEntropy.apply(  # type: ignore[misc]
-        hidden_ND, head_WD, target_XN.flatten(), weight_N, rows, with_grad
+        hidden_ND, head_WD, target_XN.flatten(), weight_N, *tile, with_grad
     )
     return loss, nats_N.view_as(target_XN).sum(1), correct_N.view_as(target_XN).sum(1)
 

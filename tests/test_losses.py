@@ -36,9 +36,16 @@ def assert_equals_plain(dtype: torch.dtype, *, counted: bool = True, device: str
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunk_logits", [1, 37 * 5, 10**6])
-def test_chunked_equals_plain(dtype: torch.dtype, chunk_logits: int) -> None:
-    assert_equals_plain(dtype, path="chunked", chunk_logits=chunk_logits)
+@pytest.mark.parametrize("tile", [(1, 1), (5, 37), (8, 10), (99, 11), (99, 99)])
+def test_chunked_equals_plain(dtype: torch.dtype, tile: tuple[int, int]) -> None:
+    assert_equals_plain(dtype, path="chunked", tile=tile)
+
+
+def test_a_large_vocabulary_is_met_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a run: the sizes follow from the device."""
+    monkeypatch.setitem(losses.TILE_LOGITS, "cpu", 64)
+    monkeypatch.setattr(losses, "LEAST_ROWS", 6)
+    assert_equals_plain(torch.float32)
 
 
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="needs torch 2.13")
