@@ -34,7 +34,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return ops.linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):

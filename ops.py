@@ -29,6 +29,29 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+# -------------------------------------------------------------------------------------------------------- a few tokens
+
+FEW_ROWS = 8  # on a CPU, up to here the weights' way from memory is what a product costs (LOG.md)
+
+
+def few(x: Tensor) -> bool:
+    """Whether these are the rows of a step of generation on a CPU."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and x.numel() <= FEW_ROWS * x.shape[-1]
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear` with the weight cast to the input's dtype.
+
+    A few rows meet an fp32 weight as columns, and never alone: a CPU's libraries would multiply on one core, or copy
+    the weight first.
+    """
+    if weight.dtype != torch.float32 or not few(x):
+        return F.linear(x, weight.to(x.dtype))
+    x_ND = x.float().flatten(0, -2)
+    rows_XD = x_ND if len(x_ND) > 1 else torch.cat((x_ND, x_ND))
+    return (weight @ rows_XD.mT)[:, : len(x_ND)].mT.to(x.dtype).reshape(*x.shape[:-1], len(weight))
+
+
 # ----------------------------------------------------------------------------------------------------------- attention
 
 FUSED = {
@@ -117,7 +140,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`x / rms(x) * weight` over the last dimension, in fp32, as `dtype`; equals `F.rms_norm`."""
-    if x.device.type == "cpu":  # with and without gradients alike: recomputation has to route as the first pass did
+    if x.device.type == "cpu" and not few(x):
         return _RMSNorm.apply(x.float().flatten(0, -2), weight_D.float(), eps, dtype).view_as(x)  # type: ignore[union-attr]
     return F.rms_norm(x.float(), weight_D.shape, weight_D.float(), eps).to(dtype)
 
@@ -287,6 +310,8 @@ def grouped_experts(
     num_experts, hidden, width = down_EDF.shape
     counts_E = expert_NA.new_zeros(num_experts)  # torch.bincount would wait for a GPU
     counts_E = counts_E.scatter_add_(0, expert_NA.flatten(), torch.ones_like(expert_NA).flatten())
+    if few(x_ND):
+        return _chosen_experts(x_ND, expert_NA, weight_NA, gate_up_EGD, down_EDF), counts_E
     gate_up_EGD, down_EDF = gate_up_EGD.to(x_ND.dtype), down_EDF.to(x_ND.dtype)
     if path == "auto":
         path = experts_paths(x_ND.device, x_ND.dtype, hidden, width)[0]
@@ -304,6 +329,19 @@ def grouped_experts(
     x_SD = _ToSlots.apply(x_ND, slot_NA, token_S)
     h_SF = WeightedSwiGLU.apply(product(x_SD, gate_up_EGD, counts_E), weight_S[:, None])  # type: ignore[arg-type]
     return _FromSlots.apply(product(h_SF, down_EDF, counts_E), slot_NA, token_S), counts_E  # type: ignore[arg-type]
+
+
+def _chosen_experts(
+    x_ND: Tensor, expert_NA: Tensor, weight_NA: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """Only those that a few tokens have chosen are touched."""
+    y_ND = torch.zeros_like(x_ND, dtype=torch.float32)
+    for expert in sorted(set(expert_NA.flatten().tolist())):
+        token_X, slot_X = (expert_NA == expert).nonzero(as_tuple=True)
+        gate_XF, up_XF = linear(x_ND[token_X], gate_up_EGD[expert]).chunk(2, dim=-1)
+        out_XD = linear(F.silu(gate_XF) * up_XF, down_EDF[expert])
+        y_ND.index_add_(0, token_X, out_XD * weight_NA[token_X, slot_X, None])
+    return y_ND.to(x_ND.dtype)
 
 
 def grouped_experts_reference(
