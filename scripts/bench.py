@@ -1,6 +1,7 @@
 """Times and weighs this repository beside other code: `python scripts/bench.py step --config quickstart`.
 
     step       a training step against transformers' DeepseekV3ForCausalLM: every way it computes experts, fp32 and bf16
+    ladder     our step with one technique taken away, or put on, at a time
     memory     the peak memory of those steps, one child process each, above what it held after its imports
     generate   greedy tokens with a KV cache against transformers' `generate`, fp32 and bf16
     moe        a layer of experts: ours, expert by expert, and a dense SwiGLU of equal active width
@@ -15,28 +16,25 @@ moods meet both; before, results and gradients are compared. The table goes to s
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import gc
-import importlib.metadata
 import json
-import platform
 import re
-import statistics
+import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules lie beside this folder
 
 import config as configuration
 import environment
-from config import Config, ModelConfig, UserError
+from config import UserError
 
 if __name__ == "__main__":  # before torch is imported, as a training run does; who imports this file changes nothing
     try:
@@ -47,6 +45,8 @@ if __name__ == "__main__":  # before torch is imported, as a training run does; 
 
 import torch
 import torch.nn.functional as F
+from bench_layers import bench_attention, bench_loss, bench_moe, bench_optim
+from duels import TOLERANCE, Bench, Rows, Run, hardware, product_rate, table, versions
 from torch import Tensor, nn
 
 import checkpoint
@@ -59,118 +59,17 @@ import parallel
 import plan
 import sources
 import tokenizer as tokenizers
+from config import OpsConfig
 from counts import count_parameters, flops_per_token
-from model import MLP, DeepSeekV3, LossWeights, init_weights
+from model import DeepSeekV3, LossWeights
 from ops import DTYPES
-from optim import Muon, Optimizers, as_matrices, update_router_bias
+from optim import update_router_bias
 from options import Parser
 
-Rows = list[dict[str, Any]]
-Run = Callable[[], Any]
-TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}  # relative to the largest value
 MOST_FLIPS = 1e-3  # rows with a token routed otherwise, as a share of all tokens
 MOST_COPIES_GIB = 4.0
 PROMPT_TOKENS, NEW_TOKENS = 16, 64
 THEIR_EXPERTS = ("eager", "batched_mm", "grouped_mm")  # transformers' experts_implementation that train without a GPU
-
-
-def interleaved(
-    contenders: Mapping[str, Run], device: torch.device, *, repeats: int, warm_up: int = 2, hopeless: float = 5.0
-) -> dict[str, list[float]]:
-    """Seconds of every run, the contenders taking turns.
-
-    Who takes `hopeless` times as long as the fastest while warming up is not run again: the last time is its result.
-    """
-    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(warm_up + repeats):
-        for name, run in contenders.items():
-            runs = seconds[name]
-            if turn >= warm_up and min(runs) > hopeless * min(min(others) for others in seconds.values()):
-                continue
-            wait()
-            start = time.perf_counter()
-            run()
-            wait()
-            runs.append(time.perf_counter() - start)
-    return {name: runs[warm_up:] or runs[-1:] for name, runs in seconds.items()}
-
-
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile, milliseconds, and how many runs these are of."""
-    cuts = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds * 4
-    median = statistics.median(seconds)
-    return {"median_ms": 1e3 * median, "p20_ms": 1e3 * cuts[0], "p80_ms": 1e3 * cuts[3], "runs": len(seconds)}
-
-
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best product of large square matrices, measured here and now whatever the data sheet says."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = interleaved({"product": lambda: a @ b}, device, repeats=20)["product"]
-    return 2 * size**3 / min(seconds)
-
-
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", info.read_text("utf-8"), re.MULTILINE) if info.exists() else []
-    return f"{names[0].strip() if names else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-# ------------------------------------------------------------------------------------------------------------ the bench
-
-
-@dataclasses.dataclass
-class Bench:
-    config: Config
-    device: torch.device
-    precision: str
-    repeats: int
-    arguments: list[str]
-    roofs: dict[str, float] = dataclasses.field(default_factory=dict)  # TFLOP/s of the best product, by dtype
-    checks: dict[str, float] = dataclasses.field(default_factory=dict)  # what was compared, and how it differed
-
-    def __post_init__(self) -> None:
-        self.dtypes = list(dict.fromkeys([self.precision, "fp32"]))
-        self.num_tokens = self.config.micro_rows * self.config.data.seq_len
-        self.plain = self.config.model.model_copy(update={"num_nextn_predict_layers": 0})  # without MTP
-        self.rng = torch.Generator().manual_seed(self.config.train.seed)
-
-    def tensor(self, *shape: int, grad: bool = True, dtype: str | None = None, scale: float = 1.0) -> Tensor:
-        values = torch.randn(*shape, generator=self.rng) * scale
-        return values.to(self.device, DTYPES[dtype or self.precision]).requires_grad_(grad)
-
-    def build(self, config: ModelConfig, dtype: str = "fp32") -> DeepSeekV3:
-        model = plan.meta_model(config, DTYPES[dtype]).to_empty(device=self.device)
-        init_weights(model, self.config.train.seed)
-        return model
-
-    def check(self, what: str, ours: Tensor, theirs: Tensor, tolerance: float, detail: str = "") -> None:
-        """Nothing is timed before it is right. Differences are relative to the largest value; the largest is kept."""
-        ours, theirs = ours.detach().float(), theirs.detach().float()
-        difference = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
-        if not difference <= tolerance:
-            raise UserError(f"{what}{detail} differ by {difference:.2g}, more than {tolerance:g}; not timed")
-        self.checks[what] = max(difference, self.checks.get(what, 0.0))
-
-    def duels(self, makers: Mapping[str, Callable[[], Run]], **facts: Any) -> Rows:
-        """A row per contender; `times_first` is the ratio of the medians in its duel with the first.
-
-        Others are made for their duel and dropped after it: two are alive at most. The first's row is of all duels.
-        """
-        first, *others = makers
-        run, runs, rows = makers[first](), [], []
-        for name in others:
-            print(*(f"{key} {fact}," for key, fact in facts.items()), f"{name}: ", end="", file=sys.stderr, flush=True)
-            seconds = interleaved({first: run, name: makers[name]()}, self.device, repeats=self.repeats)
-            gc.collect()
-            runs += seconds[first]
-            ratio = statistics.median(seconds[name]) / statistics.median(seconds[first])
-            rows.append({**facts, "name": name, **summary(seconds[name]), "times_first": ratio})
-            print(f"{rows[-1]['median_ms']:.4g} ms, {ratio:.2f} times {first}", file=sys.stderr)
-        return [{**facts, "name": first, **summary(runs), "times_first": 1.0}, *rows]
 
 
 # ------------------------------------------------------------------------------------------------------ a training step
@@ -226,26 +125,76 @@ def step_contender(bench: Bench, name: str, folder: Path, tokens: Tensor) -> Run
     who, *words = name.split()
     dtype, inputs = next(word for word in words if word in DTYPES), tokens[:, :-2]
     if who == "ours":
-        model: Any = bench.build(bench.config.model if "MTP" in words else bench.plain, dtype)
-        model.load_state_dict(convert.load(folder)[1], strict=False)
-        share, depth = 1 / inputs.numel(), len(model.mtp)
-        weights = LossWeights(share, (0.3 * share,) * depth, model.config.aux_loss_alpha / len(tokens))
-        targets = tokens[:, 1 : inputs.shape[1] + 1 + depth]
-        forward = functools.partial(model, inputs, targets, loss_weights=weights)
-    else:
-        model = load_theirs(bench, folder, words[0], dtype if "weights" in words else "fp32").train()
-        forward = functools.partial(model, input_ids=inputs, labels=inputs, use_cache=False)
-    cast = who != "ours" and next(model.parameters()).dtype != DTYPES[dtype]
+        model = bench.build(bench.config.model if "MTP" in words else bench.plain, dtype)
+        return our_step(model, folder, tokens)
+    theirs = load_theirs(bench, folder, words[0], dtype if "weights" in words else "fp32").train()
+    cast = next(theirs.parameters()).dtype != DTYPES[dtype]
+
+    def loss() -> Tensor:
+        with torch.autocast(bench.device.type, DTYPES[dtype], enabled=cast):
+            return theirs(input_ids=inputs, labels=inputs, use_cache=False).loss
+
+    return optimized(theirs, loss)
+
+
+def our_step(model: DeepSeekV3, folder: Path, tokens: Tensor) -> Run:
+    """A step of our model with the weights of the folder."""
+    model.load_state_dict(convert.load(folder)[1], strict=False)
+    inputs, depth = tokens[:, :-2], len(model.mtp)
+    share, targets = 1 / inputs.numel(), tokens[:, 1 : inputs.shape[1] + 1 + depth]
+    weights = LossWeights(share, (0.3 * share,) * depth, model.config.aux_loss_alpha / len(tokens))
+    return optimized(model, lambda: model(inputs, targets, loss_weights=weights).loss)  # type: ignore[union-attr]
+
+
+def optimized(model: nn.Module, loss: Callable[[], Tensor]) -> Run:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
     def step() -> None:
-        with torch.autocast(bench.device.type, DTYPES[dtype], enabled=cast):
-            loss = forward().loss
-        loss.backward()
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
+
+
+def bench_ladder(bench: Bench) -> Rows:
+    """Our step with one technique taken away, or put on, at a time; routing as initialised."""
+    cfg, tokens = bench.plain, text_tokens(bench)
+    shape = (bench.device, DTYPES[bench.precision])
+    experts = ops.experts_paths(*shape, cfg.hidden_size, cfg.moe_intermediate_size)
+    attention = ops.attention_paths(*shape, bench.config.data.seq_len)
+    rungs: dict[str, dict[str, Any]] = {"ours": {}}
+    rungs |= {f"experts {path}": {"paths": OpsConfig(experts=path)} for path in experts[1:]}  # type: ignore[arg-type]
+    rungs |= {f"attention {path}": {"paths": OpsConfig(attention=path)} for path in attention[1:]}  # type: ignore[arg-type]
+    rungs |= {"full logits": {}, "recompute selective": {"recompute": "selective"}}
+    rungs |= {"recompute full": {"recompute": "full"}}
+    if bench.device.type == "cuda" or shutil.which("g++"):  # Inductor needs a compiler
+        rungs["compile"] = {}
+    rungs |= {"fp32": {"dtype": "fp32"}} if bench.precision != "fp32" else {}
+    ours, _ = reference_model(bench, tokens[:, :-2], balanced=False)
+    with tempfile.TemporaryDirectory() as place:
+        folder = save(ours, place)
+        del ours
+
+        def make(name: str, *, dtype: str = bench.precision, **options: Any) -> Run:
+            model = bench.build(cfg, dtype, **options)
+            if name == "compile":
+                model.compile_blocks()
+            step = our_step(model, folder, tokens)
+            if name != "full logits":
+                return step
+
+            def with_full_logits() -> None:
+                with mock.patch.object(losses, "linear_cross_entropy", full_logits):
+                    step()
+
+            return with_full_logits
+
+        return bench.duels({name: functools.partial(make, name, **options) for name, options in rungs.items()})
+
+
+def full_logits(*arguments: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor]:
+    return losses.linear_cross_entropy_reference(*arguments)
 
 
 def step_names(bench: Bench) -> tuple[list[str], dict[str, str]]:
@@ -421,130 +370,10 @@ def bench_generate(bench: Bench) -> Rows:
     return rows
 
 
-# --------------------------------------------------------------------------------------------------------------- layers
-
-
-def layer_duels(
-    bench: Bench, runs: Mapping[str, Run], leaves: Mapping[str, Tensor], grad: Tensor, unlike: str = "", **facts: Any
-) -> Rows:
-    """Forward and backward of each. Before, results and gradients of all but `unlike` are compared with the first's."""
-
-    def both(run: Run) -> tuple[Any, ...]:
-        result = run()
-        return result, *torch.autograd.grad(result, list(leaves.values()), grad, allow_unused=True)
-
-    first, *others = runs
-    wanted = both(runs[first])
-    for name in others:
-        for part, ours, theirs in zip(("result", *leaves), wanted, both(runs[name]), strict=True):
-            if name != unlike and ours is not None:
-                bench.check(f"{name}, {part}", ours, theirs, TOLERANCE[bench.precision])
-    makers = {name: lambda run=run: functools.partial(both, run) for name, run in runs.items()}
-    return bench.duels(makers, **facts)
-
-
-def bench_moe(bench: Bench) -> Rows:
-    cfg, num, rows, dense = bench.config.model, bench.num_tokens, [], "dense, equal active width"
-    hidden, width = cfg.hidden_size, cfg.moe_intermediate_size
-    experts, active = cfg.n_routed_experts, cfg.num_experts_per_tok
-    x, grad = bench.tensor(num, hidden), bench.tensor(num, hidden, grad=False)
-    weight = bench.tensor(num, active, dtype="fp32")
-    gate_up = bench.tensor(experts, 2 * width, hidden, dtype="fp32", scale=hidden**-0.5)
-    down = bench.tensor(experts, hidden, width, dtype="fp32", scale=width**-0.5)
-    mlp = MLP(hidden, active * width).to(bench.device)
-    leaves = {"x": x, "gate_up": gate_up, "down": down, "weight": weight, **dict(mlp.named_parameters())}
-    for skew in (0.0, 1.0, 3.0):
-        logits = torch.randn(num, experts, generator=bench.rng) + skew * torch.linspace(-1, 1, experts)
-        chosen = logits.topk(active).indices.to(bench.device)
-        arguments = (x, chosen, weight, gate_up, down)
-        runs: dict[str, Run] = {
-            "ours": lambda arguments=arguments: ops.grouped_experts(*arguments)[0],
-            "expert by expert": lambda arguments=arguments: ops.grouped_experts_reference(*arguments)[0],
-            dense: functools.partial(mlp, x),
-        }
-        counts = torch.bincount(chosen.flatten(), minlength=experts)
-        load = round(float(counts.max() / counts.double().mean()), 2)
-        rows += layer_duels(bench, runs, leaves, grad, unlike=dense, busiest_over_mean=load)
-    return rows
-
-
-def bench_attention(bench: Bench) -> Rows:
-    cfg, rows, scale = bench.config.model, [], bench.config.model.qk_head_dim**-0.5
-    for length in sorted({256, 1024, bench.config.data.seq_len}):
-        batch = max(1, bench.num_tokens // length)
-        shape = (batch, cfg.num_attention_heads, length)
-        q, k = (bench.tensor(*shape, cfg.qk_head_dim) for _ in range(2))
-        v, grad = bench.tensor(*shape, cfg.v_head_dim), bench.tensor(*shape, cfg.v_head_dim, grad=False)
-        torchs = functools.partial(F.scaled_dot_product_attention, is_causal=True)
-        functions = {"ours": ops.attention, "plain": ops.attention_plain, "torch": torchs}
-        runs = {name: functools.partial(function, q, k, v, scale=scale) for name, function in functions.items()}
-        rows += layer_duels(bench, runs, {"q": q, "k": k, "v": v}, grad, tokens=length, rows=batch)
-    return rows
-
-
-def bench_loss(bench: Bench) -> Rows:
-    cfg, num = bench.config.model, bench.num_tokens
-    hidden = bench.tensor(num, cfg.hidden_size)
-    head = bench.tensor(cfg.vocab_size, cfg.hidden_size, dtype="fp32", scale=cfg.hidden_size**-0.5)
-    target = torch.randint(cfg.vocab_size, (1, num), generator=bench.rng).to(bench.device)
-    arguments = (hidden, head, target, torch.full((1,), 1 / num, device=bench.device))
-    runs: dict[str, Run] = {
-        "ours": lambda: losses.linear_cross_entropy(*arguments)[0],
-        "full logits": lambda: losses.linear_cross_entropy_reference(*arguments)[0],
-    }
-    torchs = ["torch"] if hasattr(F, "linear_cross_entropy") else []  # on a CPU too, where it is no path of ours
-    for path in dict.fromkeys([*losses.loss_paths(bench.device)[1:], *torchs]):
-        runs[path] = lambda path=path: losses.linear_cross_entropy(*arguments, path=path)[0]
-    return layer_duels(bench, runs, {"hidden": hidden, "head": head}, torch.ones((), device=bench.device))
-
-
-def bench_optim(bench: Bench) -> Rows:
-    """Hidden matrices only, bf16 Newton-Schulz on both sides, the same gradients."""
-    model = bench.build(bench.config.model)
-    optimizers = Optimizers(model, bench.config.optim.model_copy(update={"name": "muon", "ns_dtype": "bf16"}))
-    ours = next(optimizer for optimizer in optimizers.all if isinstance(optimizer, Muon))
-    views, singles = list[Tensor](), list[nn.Parameter]()
-    for group in ours.param_groups:
-        group["lr"] = 1.0  # what is compared is the update
-        for parameter in group["params"]:
-            parameter.grad = torch.randn(parameter.shape, generator=bench.rng).to(bench.device)
-            matrices, grads = (as_matrices(t.detach(), group["split"]) for t in (parameter, parameter.grad))
-            views += matrices
-            for matrix, grad in zip(matrices, grads, strict=True):
-                singles.append(nn.Parameter(matrix.clone()))
-                singles[-1].grad = grad.clone()
-    theirs = torch.optim.Muon(singles, lr=1.0, adjust_lr_fn="match_rms_adamw", weight_decay=0.1)
-    ours.step()
-    theirs.step()
-    for mine, other in zip(views, singles, strict=True):
-        bench.check("torch.optim.Muon, updates", mine, other, 0.1)  # bf16 iterations leave up to 0.06
-    makers = {"ours": lambda: ours.step, "torch.optim.Muon": lambda: theirs.step}
-    return bench.duels(makers, matrices=len(singles), elements=sum(matrix.numel() for matrix in singles))
-
-
 SUITES = {
-    "step": bench_step, "memory": bench_memory, "generate": bench_generate, "moe": bench_moe,
+    "step": bench_step, "ladder": bench_ladder, "memory": bench_memory, "generate": bench_generate, "moe": bench_moe,
     "attention": bench_attention, "loss": bench_loss, "optim": bench_optim,
 }  # fmt: skip
-
-
-def table(rows: Rows) -> str:
-    """Aligned columns; floats with three digits."""
-
-    def cell(value: object) -> str:
-        digits = ",.0f" if isinstance(value, float) and abs(value) >= 1000 else ".3g"
-        return format(value, digits) if isinstance(value, float) else str(value)
-
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns] + [[cell(row.get(column, "")) for column in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
-
-
-def versions() -> dict[str, str]:
-    installed = {each.name.lower().replace("_", "-"): each.version for each in importlib.metadata.distributions()}
-    wanted = {"torch", "transformers", "triton", "liger-kernel"} & installed.keys()
-    return {"python": platform.python_version(), **{name: installed[name] for name in sorted(wanted)}}
 
 
 def main(arguments: list[str] | None = None) -> int:

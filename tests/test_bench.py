@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import bench
+import duels
 import pytest
 import torch
 
@@ -42,11 +43,11 @@ def _collector_looks_at_new_things_only() -> Iterator[None]:
     gc.unfreeze()
 
 
-def small(precision: str = "fp32", *overrides: str, name: str = "quickstart") -> bench.Bench:
-    return bench.Bench(config.load(name, overrides or SMALL), torch.device("cpu"), precision, repeats=2, arguments=[])
+def small(precision: str = "fp32", *overrides: str, name: str = "quickstart") -> duels.Bench:
+    return duels.Bench(config.load(name, overrides or SMALL), torch.device("cpu"), precision, repeats=2, arguments=[])
 
 
-def random_tokens(suite: bench.Bench) -> torch.Tensor:
+def random_tokens(suite: duels.Bench) -> torch.Tensor:
     """In place of text, whose tokenizer takes a second or two to train."""
     return torch.randint(300, (2, 34), generator=suite.rng)
 
@@ -110,6 +111,20 @@ def test_who_copies_gigabytes_is_left_out(
     assert "batched_mm" not in capsys.readouterr().err
 
 
+def test_the_ladder_changes_one_thing_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "text_tokens", random_tokens)
+    monkeypatch.setattr(bench.DeepSeekV3, "compile_blocks", lambda self: compiled.append(self))  # takes a minute
+    monkeypatch.setattr(bench.shutil, "which", lambda _: "/usr/bin/g++")
+    met, compiled = list[str](), list[object]()
+    plain, grouped = bench.losses.linear_cross_entropy_reference, ops.grouped_experts
+    monkeypatch.setattr(bench.losses, "linear_cross_entropy_reference", lambda *a: met.append("full") or plain(*a))
+    monkeypatch.setattr(ops, "grouped_experts", lambda *a: met.append(a[-1]) or grouped(*a))
+    rows = run("ladder", tmp_path)["rows"]
+    names = ["ours", "experts loop", "experts padded", "attention plain", "full logits", "recompute selective"]
+    assert [row["name"] for row in rows] == [*names, "recompute full", "compile"]
+    assert {"full", "loop", "padded", "auto"} == set(met) and len(compiled) == 1
+
+
 def test_generate_writes_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "text_tokens", random_tokens)
     monkeypatch.setattr(bench, "NEW_TOKENS", 6)
@@ -151,14 +166,14 @@ def test_memory_says_whose_child_died(
 def test_contenders_take_turns() -> None:
     order: list[str] = []
     contenders = {name: lambda name=name: (order.append(name), time.sleep(0.002)) for name in "ab"}
-    seconds = bench.interleaved(contenders, torch.device("cpu"), repeats=3, warm_up=1, hopeless=1e9)
+    seconds = duels.interleaved(contenders, torch.device("cpu"), repeats=3, warm_up=1, hopeless=1e9)
     assert order == list("abababab")
     assert all(len(runs) == 3 and min(runs) >= 0.002 for runs in seconds.values())
     slow = {"a": lambda: None, "b": lambda: time.sleep(0.05)}
-    seconds = bench.interleaved(slow, torch.device("cpu"), repeats=3)
+    seconds = duels.interleaved(slow, torch.device("cpu"), repeats=3)
     assert [len(runs) for runs in seconds.values()] == [3, 1] and seconds["b"][0] >= 0.05
     expected = {"median_ms": 3500, "p20_ms": 2000, "p80_ms": 5000, "runs": 6}
-    assert bench.summary([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == expected
+    assert duels.summary([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == expected
 
 
 def test_two_contenders_live_at_most() -> None:
