@@ -200,7 +200,7 @@ class TrainConfig(Section):
         default="none",
         description="activations to compute again in backward, for less memory: SwiGLUs and experts, or all of a block",
     )
-    compile: bool = Field(default=False, description="compile the blocks (torch.compile): minutes at the start")
+    compile: bool = Field(default=False, description="compile the blocks (torch.compile), long at the start")
     grad_clip: float = Field(default=1.0, gt=0, description="largest global gradient norm")
     mtp_weight: float = Field(default=0.3, ge=0, description="weight of the MTP loss at first")
     mtp_weight_final: float = Field(default=0.1, ge=0, description="weight of the MTP loss after mtp_switch")

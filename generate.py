@@ -121,9 +121,8 @@ def generate(
 ) -> list[list[int]]:
     """Continue every prompt by at most `max_new_tokens`; only the new tokens are returned.
 
-    A row ends before the first of `eos_ids`, which is neither returned nor reported. Each row draws from its own random
-    numbers, given by `seed` and its index: torch's generators are neither read nor moved, and what else is in the batch
-    does not matter.
+    A row ends before the first of `eos_ids`, which is neither returned nor reported. Each row draws from random
+    numbers of its own, given by `seed` and its index: torch's generators are neither read nor moved.
 
     Args:
         prompts: ids; each holds at least one, say BOS (ValueError).

@@ -13,13 +13,13 @@ from ops import installed, liger_ops
 IGNORE = -100  # a target that is not predicted; torch's own convention
 # Logits computed at once: on a CPU what its caches hold (LOG.md), on a GPU enough for fast products (not measured).
 TILE_LOGITS = {"cpu": 2**21, "cuda": 2**26}
-LEAST_ROWS = 512  # of a chunk: the head's gradient is read and written once for each (LOG.md)
+LEAST_ROWS = 512  # of a chunk: the head's gradient is read and written once for each
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Computes gradients in the forward pass, so that the (N, W) logits never exist (as Liger does).
 
-    A chunk of C rows meets the vocabulary in tiles of X words: first for the logits and their log-sum-exp, then, from
+    A chunk of C rows meets the vocabulary in tiles of U words: first for the logits and their log-sum-exp, then, from
     the logits that were kept, for the gradients.
     """
 
@@ -31,20 +31,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         correct_N = torch.empty(len(target_N), dtype=torch.bool, device=hidden_ND.device)
         grad_hidden_ND = torch.empty_like(hidden_ND) if with_grad else None
         grad_head_WD = torch.zeros_like(head_WD, dtype=torch.float32) if with_grad else None
-        kept = hidden_ND.new_empty(min(rows, len(hidden_ND)) * len(head))  # one for all: fresh pages are dear (LOG.md)
+        # One buffer for all: fresh pages are dear (LOG.md). Without gradients a tile's logits are needed once.
+        kept = hidden_ND.new_empty(min(rows, len(hidden_ND)) * (len(head) if with_grad else width))
         for start in range(0, len(target_N), rows):
             part = slice(start, start + rows)
             hidden_CD, seen_C = hidden_ND[part], target_N[part] != IGNORE
             target_C = target_N[part].clamp(min=0)
-            tiles = [_Tile.of(word, target_C, kept) for word in words]
+            tiles = [_Tile.of(word, target_C, kept, word.start if with_grad else 0) for word in words]
             log_z, largest, wanted_C = [], [], torch.zeros_like(target_C, dtype=torch.float32)
             for tile in tiles:
-                torch.mm(hidden_CD, head[tile.words].mT, out=tile.logits_CX)
-                probs_CX = tile.logits_CX.softmax(-1, dtype=torch.float32)
-                largest.append(tile.logits_CX.amax(-1).float())
+                torch.mm(hidden_CD, head[tile.words].mT, out=tile.logits_CU)
+                probs_CU = tile.logits_CU.softmax(-1, dtype=torch.float32)
+                largest.append(tile.logits_CU.amax(-1).float())
                 # The largest probability is exp(largest - log z) and never underflows.
-                log_z.append(largest[-1] - probs_CX.amax(-1).log())
-                logit_C = tile.logits_CX.gather(1, tile.place_C1).squeeze(1).float()
+                log_z.append(largest[-1] - probs_CU.amax(-1).log())
+                logit_C = tile.logits_CU.gather(1, tile.place_C1).squeeze(1).float()
                 wanted_C = torch.where(tile.inside_C, logit_C, wanted_C)
             log_z_C = torch.stack(log_z).logsumexp(0)
             nats_N[part] = (log_z_C - wanted_C) * seen_C
@@ -52,19 +53,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden_ND is None or grad_head_WD is None:
                 continue
             row_weight_C = (weight_N[part] * seen_C).float()
-            grad_CD = torch.zeros_like(hidden_CD, dtype=torch.float32)
+            parts_CD: list[Tensor] = []
             for tile in tiles:
                 if len(tiles) > 1:  # else they are at hand
-                    probs_CX = tile.logits_CX.float().sub_(log_z_C[:, None]).exp_()
-                probs_CX.mul_(row_weight_C[:, None])
-                probs_CX.scatter_add_(1, tile.place_C1, -(row_weight_C * tile.inside_C)[:, None])
-                grad_CX = probs_CX.to(hidden_ND.dtype)
-                grad_CD += grad_CX @ head[tile.words]
-                if grad_CX.dtype == torch.float32:
-                    grad_head_WD[tile.words].addmm_(grad_CX.mT, hidden_CD)
+                    probs_CU = tile.logits_CU.float().sub_(log_z_C[:, None]).exp_()
+                probs_CU.mul_(row_weight_C[:, None])
+                probs_CU.scatter_add_(1, tile.place_C1, -(row_weight_C * tile.inside_C)[:, None])
+                grad_CU = probs_CU.to(hidden_ND.dtype)
+                parts_CD.append(grad_CU @ head[tile.words])
+                if grad_CU.dtype == torch.float32:
+                    grad_head_WD[tile.words].addmm_(grad_CU.mT, hidden_CD)
                 else:
-                    grad_head_WD[tile.words] += grad_CX.mT @ hidden_CD
-            grad_hidden_ND[part] = grad_CD
+                    grad_head_WD[tile.words] += grad_CU.mT @ hidden_CD
+            grad_hidden_ND[part] = torch.stack(parts_CD).sum(0, dtype=torch.float32)
         if grad_hidden_ND is not None and grad_head_WD is not None:
             ctx.save_for_backward(grad_hidden_ND, grad_head_WD.to(head_WD.dtype))
         ctx.mark_non_differentiable(nats_N, correct_N)
@@ -82,20 +83,22 @@ class _Tile(NamedTuple):
     """Some rows' logits for some words; where the targets are among these, and which rows have theirs there."""
 
     words: slice
-    logits_CX: Tensor
+    logits_CU: Tensor
     place_C1: Tensor
     inside_C: Tensor
 
     @classmethod
-    def of(cls, words: slice, target_C: Tensor, kept: Tensor) -> _Tile:
+    def of(cls, words: slice, target_C: Tensor, kept: Tensor, start: int) -> _Tile:
+        """The logits lie in `kept` behind those of `start` words."""
         rows, width = len(target_C), words.stop - words.start
-        logits_CX = kept[rows * words.start : rows * words.stop].view(rows, width)
+        logits_CU = kept[rows * start : rows * (start + width)].view(rows, width)
         place_C = target_C - words.start
-        return cls(words, logits_CX, place_C.clamp(0, width - 1)[:, None], (place_C >= 0) & (place_C < width))
+        inside_C = (place_C >= 0) & (place_C < width)
+        return cls(words, logits_CU, torch.where(inside_C, place_C, 0)[:, None], inside_C)
 
 
 def loss_paths(device: torch.device) -> list[str]:
-    """Paths worth considering here, the one that "auto" takes first. On a CPU torch's is many times slower (LOG.md)."""
+    """Paths worth considering here, the one that "auto" takes first. On a CPU torch's is slower (LOG.md)."""
     if device.type == "cpu":
         return ["chunked"]
     liger = torch.cuda.get_device_capability(device) >= (8, 0) and installed("liger_kernel")
@@ -135,7 +138,8 @@ def linear_cross_entropy(
     if tile is None:
         at_once = TILE_LOGITS[hidden_ND.device.type]
         rows = max(LEAST_ROWS, at_once // head_WD.shape[0])
-        tile = rows, max(1, at_once // rows)
+        num_tiles = -(-head_WD.shape[0] // max(1, at_once // rows))
+        tile = rows, -(-head_WD.shape[0] // num_tiles)
     with_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or head_WD.requires_grad)
     weight_N = weight_X.repeat_interleave(target_XN.shape[1], output_size=target_XN.numel())
     loss, nats_N, correct_N = _LinearCrossEntropy.apply(  # type: ignore[misc]

@@ -28,7 +28,7 @@ from config import ModelConfig, OpsConfig, Recompute, YarnConfig
 
 
 class Linear(nn.Linear):
-    """A projection without bias; its weight is cast to the input's dtype."""
+    """A projection without bias, in the input's dtype (`ops.linear`)."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
@@ -491,7 +491,7 @@ class DeepSeekV3(nn.Module):
         return self.lm_head(hidden).float()
 
     def compile_blocks(self, **options: Any) -> None:
-        """`torch.compile` block by block, shapes fixed; `options` are torch's. The first step takes minutes.
+        """`torch.compile` block by block, shapes fixed; `options` are torch's. The first step takes long.
 
         There is no graph break where `paths.experts` is "grouped"; "padded" and "loop" need the counts on the host.
         """

@@ -31,23 +31,23 @@ def installed(package: str) -> bool:
 
 # -------------------------------------------------------------------------------------------------------- a few tokens
 
-FEW_ROWS = 8  # on a CPU, up to here the weights' way from memory is what a product costs (LOG.md)
+FEW_ROWS = 8  # up to here the weights' way from memory is most of what a product costs (LOG.md)
 
 
 def few(x: Tensor) -> bool:
     """Whether these are the rows of a step of generation on a CPU."""
-    return x.device.type == "cpu" and not torch.is_grad_enabled() and x.numel() <= FEW_ROWS * x.shape[-1]
+    here = x.device.type == "cpu" and x.dtype != torch.float64
+    return here and not torch.is_grad_enabled() and x.numel() <= FEW_ROWS * x.shape[-1]
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear` with the weight cast to the input's dtype.
+    """`F.linear` with the weight cast to the input's dtype, or for a few rows, in fp32, the input to the weight's.
 
-    A few rows meet an fp32 weight as columns, and never alone: a CPU's libraries would multiply on one core, or copy
-    the weight first.
+    These meet the weight as columns, and never alone: a CPU's libraries would multiply on one core.
     """
     if weight.dtype != torch.float32 or not few(x):
         return F.linear(x, weight.to(x.dtype))
-    x_ND = x.float().flatten(0, -2)
+    x_ND = x.float().reshape(-1, x.shape[-1])
     rows_XD = x_ND if len(x_ND) > 1 else torch.cat((x_ND, x_ND))
     return (weight @ rows_XD.mT)[:, : len(x_ND)].mT.to(x.dtype).reshape(*x.shape[:-1], len(weight))
 
@@ -59,7 +59,7 @@ FUSED = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-PLAIN_TOKENS = 512  # measured on AVX512-bf16: half the time of torch's fused CPU kernel up to here (LOG.md)
+PLAIN_TOKENS = 1024  # on AVX512-bf16 faster than torch's fused CPU kernel up to here (LOG.md)
 
 
 def attention_paths(device: torch.device, dtype: torch.dtype, num_tokens: int) -> list[str]:
@@ -154,7 +154,7 @@ MOST_PADDING = 1.6  # rows with padding over rows; a guess for sm_75 by what oth
 def experts_paths(device: torch.device, dtype: torch.dtype, hidden: int, width: int) -> list[str]:
     """Paths worth considering here, the one that "auto" takes first (GPUs: by what others publish)."""
     grouped = ["grouped"] if _has_grouped_product(dtype, hidden, width) else []
-    if device.type == "cpu":  # padding gains a tenth when experts are even, and loses as much as they are not (LOG.md)
+    if device.type == "cpu":  # padding gains a little when experts are even, and loses as much as they are not (LOG.md)
         return [*grouped, "loop", "padded"]
     capability = torch.cuda.get_device_capability(device)
     if dtype != torch.bfloat16 or capability < (8, 0):
@@ -302,7 +302,7 @@ def grouped_experts(
 
     Args:
         expert_NA: chosen experts, int64. weight_NA: their weights, fp32.
-        gate_up_EGD: (E, 2F, D), gate rows first. down_EDF: (E, D, F). Both are cast to x's dtype.
+        gate_up_EGD: (E, 2F, D), gate rows first. down_EDF: (E, D, F). Both are cast to x's dtype, but for a `few`.
         path: "padded" (one batched product, each expert's rows padded to the busiest's; where routing is so uneven that
             this costs more, "loop"), "grouped" (`F.grouped_mm`), "loop" (expert by expert), "triton" (our kernel),
             "liger" (a kernel of Liger's), or "auto".

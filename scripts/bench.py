@@ -46,7 +46,7 @@ if __name__ == "__main__":  # before torch is imported, as a training run does; 
 import torch
 import torch.nn.functional as F
 from bench_layers import bench_attention, bench_loss, bench_moe, bench_optim
-from duels import TOLERANCE, Bench, Rows, Run, hardware, product_rate, table, versions
+from duels import TOLERANCE, Bench, Rows, Run, hardware, table, versions
 from torch import Tensor, nn
 
 import checkpoint
@@ -168,13 +168,11 @@ def bench_ladder(bench: Bench) -> Rows:
     rungs |= {f"attention {path}": {"paths": OpsConfig(attention=path)} for path in attention[1:]}  # type: ignore[arg-type]
     rungs |= {"full logits": {}, "recompute selective": {"recompute": "selective"}}
     rungs |= {"recompute full": {"recompute": "full"}}
-    if bench.device.type == "cuda" or shutil.which("g++"):  # Inductor needs a compiler
+    if bench.precision != "fp32" and (bench.device.type == "cuda" or shutil.which("g++")):  # what Inductor can compile
         rungs["compile"] = {}
     rungs |= {"fp32": {"dtype": "fp32"}} if bench.precision != "fp32" else {}
-    ours, _ = reference_model(bench, tokens[:, :-2], balanced=False)
     with tempfile.TemporaryDirectory() as place:
-        folder = save(ours, place)
-        del ours
+        folder = save(bench.build(cfg), place)
 
         def make(name: str, *, dtype: str = bench.precision, **options: Any) -> Run:
             model = bench.build(cfg, dtype, **options)
@@ -251,7 +249,7 @@ def check_theirs(bench: Bench, folder: Path, experts: str, tokens: Tensor) -> No
 
 
 def bench_step(bench: Bench) -> Rows:
-    rows, tokens, (names, left_out) = Rows(), text_tokens(bench), step_names(bench)
+    parts, tokens, (names, left_out) = list[Rows](), text_tokens(bench), step_names(bench)
     for routing in ("balanced", "as initialised"):
         ours, load = reference_model(bench, tokens[:, :-2], balanced=routing == "balanced")
         with tempfile.TemporaryDirectory() as place:
@@ -264,9 +262,11 @@ def bench_step(bench: Bench) -> Rows:
                     check_theirs(bench, folder, experts, tokens)
             torch.set_float32_matmul_precision(precision)
             makers = {name: functools.partial(step_contender, bench, name, folder, tokens) for name in names}
-            new = bench.duels(makers, routing=routing, busiest_over_mean=round(load, 2))
-        add_rates(bench, new)
-        rows += new
+            parts.append(bench.duels(makers, routing=routing, busiest_over_mean=round(load, 2)))
+    rows = Rows()
+    for part in parts:
+        add_rates(bench, part)
+        rows += part
     return rows + [{"name": name, "left_out": reason} for name, reason in left_out.items()]
 
 
@@ -401,13 +401,13 @@ def main(arguments: list[str] | None = None) -> int:
                 raise UserError(f"--only {given.only}: with memory, one of {', '.join(names)}")
             print(memory_of(bench, given.only))
             return 0
-        bench.roofs |= {name: product_rate(device, DTYPES[name]) / 1e12 for name in bench.dtypes}
         rows = SUITES[given.suite](bench)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    where, roofs = hardware(device), ", ".join(f"{name} {roof:.2f} TFLOP/s" for name, roof in bench.roofs.items())
-    print(f"{given.suite}, {config.run.name}, {precision}, {bench.num_tokens:,} tokens\n{where}; best product {roofs}")
+    best = ", ".join(f"{name} {roof:.2f} TFLOP/s" for name, roof in bench.roofs.items())
+    where, roofs = hardware(device), f"; best product {best}" if best else ""
+    print(f"{given.suite}, {config.run.name}, {precision}, {bench.num_tokens:,} tokens\n{where}{roofs}")
     print(table(rows))
     entry = {
         "suite": given.suite, "config": config.run.name, "overrides": given.overrides, "precision": precision,

@@ -111,7 +111,7 @@ def test_who_copies_gigabytes_is_left_out(
     assert "batched_mm" not in capsys.readouterr().err
 
 
-def test_the_ladder_changes_one_thing_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ladder_changes_one_thing_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "text_tokens", random_tokens)
     monkeypatch.setattr(bench.DeepSeekV3, "compile_blocks", lambda self: compiled.append(self))  # takes a minute
     monkeypatch.setattr(bench.shutil, "which", lambda _: "/usr/bin/g++")
@@ -119,10 +119,11 @@ def test_the_ladder_changes_one_thing_at_a_time(tmp_path: Path, monkeypatch: pyt
     plain, grouped = bench.losses.linear_cross_entropy_reference, ops.grouped_experts
     monkeypatch.setattr(bench.losses, "linear_cross_entropy_reference", lambda *a: met.append("full") or plain(*a))
     monkeypatch.setattr(ops, "grouped_experts", lambda *a: met.append(a[-1]) or grouped(*a))
-    rows = run("ladder", tmp_path)["rows"]
-    names = ["ours", "experts loop", "experts padded", "attention plain", "full logits", "recompute selective"]
-    assert [row["name"] for row in rows] == [*names, "recompute full", "compile"]
-    assert {"full", "loop", "padded", "auto"} == set(met) and len(compiled) == 1
+    rows = bench.bench_ladder(small("bf16"))
+    others = ops.experts_paths(torch.device("cpu"), torch.bfloat16, 32, 16)[1:]
+    names = ["ours", *(f"experts {path}" for path in others), "attention sdpa", "full logits", "recompute selective"]
+    assert [row["name"] for row in rows] == [*names, "recompute full", "compile", "fp32"]
+    assert {"full", "auto", *others} == set(met) and len(compiled) == 1
 
 
 def test_generate_writes_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,8 @@ def assert_equals_plain(dtype: torch.dtype, *, counted: bool = True, device: str
     hidden, head, target, weight = (tensor.to(device) for tensor in problem(dtype))
     hidden, head = hidden.detach().requires_grad_(), head.detach().requires_grad_()
     loss, nats, correct = losses.linear_cross_entropy(hidden, head, target, weight, **options)
+    with torch.no_grad():
+        assert torch.equal(losses.linear_cross_entropy(hidden, head, target, weight, **options)[1], nats)
     plain_loss, plain_nats, plain_correct = losses.linear_cross_entropy_reference(hidden, head, target, weight)
     atol, rtol = (1e-4, 1e-5) if dtype == torch.float32 else (4e-2, 1e-2)
     torch.testing.assert_close(loss, plain_loss, atol=atol, rtol=rtol)
@@ -45,7 +47,10 @@ def test_a_large_vocabulary_is_met_in_tiles(monkeypatch: pytest.MonkeyPatch) -> 
     """As in a run: the sizes follow from the device."""
     monkeypatch.setitem(losses.TILE_LOGITS, "cpu", 64)
     monkeypatch.setattr(losses, "LEAST_ROWS", 6)
+    of, met = losses._Tile.of, list[tuple[int, int]]()
+    monkeypatch.setattr(losses._Tile, "of", lambda *args: met.append((args[0].start, args[0].stop)) or of(*args))
     assert_equals_plain(torch.float32)
+    assert met[:4] == [(0, 10), (10, 20), (20, 30), (30, 37)]
 
 
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="needs torch 2.13")
@@ -59,6 +64,7 @@ def test_torchs_equals_plain(dtype: torch.dtype) -> None:
 def test_every_path_of_a_gpu_equals_plain(dtype: torch.dtype) -> None:
     for path in losses.loss_paths(torch.device("cuda")):
         assert_equals_plain(dtype, counted=path != "torch", device="cuda", path=path)
+    assert_equals_plain(dtype, device="cuda", path="chunked", tile=(8, 10))
 
 
 def test_rows_without_a_target_cost_nothing() -> None:

@@ -7,6 +7,7 @@ import fnmatch
 import io
 import itertools
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable
@@ -351,3 +352,37 @@ def test_the_estimate_for_mini() -> None:
     assert gib(torch.bfloat16) < 10 and gib(torch.float16, "train.recompute=none") > 15
     for override in ("train.micro_batch=1", "train.micro_batch=auto", "train.recompute=none"):
         assert f"`{override}`" in PROSE
+
+
+# --- figures ---
+
+
+def measured(suite: str, shape: str) -> list[dict]:
+    path = ROOT / "benchmarks" / f"{suite}-{shape}-amd-epyc-2-threads.json"
+    return [row for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if "left_out" not in row]
+
+
+def table_of_figures() -> list[str]:
+    """What the README's table has to say, from the files."""
+
+    def times(suite: str, shape: str) -> str:
+        best: dict[str, float] = {}
+        for row in measured(suite, shape):
+            who = row["name"].split()[0]
+            best[who] = min(best.get(who, math.inf), row["times_first"])
+        return f"{best['transformers'] / (best['ours'] if suite == 'generate' else 1):.2f}"
+
+    steps, weights = ([times(suite, shape) for shape in ("quickstart", "55m")] for suite in ("step", "memory"))
+    texts = [times("generate", shape) for shape in ("quickstart", "105m")]
+    return [
+        "| | quickstart | 55m | 105m |",
+        "|---|--:|--:|--:|",
+        f"| time of a training step, theirs over ours | {' | '.join(steps)} | |",
+        f"| its peak of memory, theirs over ours | {' | '.join(weights)} | |",
+        f"| time of greedy generation, theirs over ours | {' | | '.join(texts)} |",
+    ]
+
+
+def test_figures_are_those_of_the_files() -> None:
+    table = README.partition("<!-- table: benchmarks/ -->\n")[2].partition("\n<!-- end of table -->")[0]
+    assert table.splitlines() == table_of_figures()
