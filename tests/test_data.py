@@ -4,10 +4,12 @@ import itertools
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -298,6 +300,24 @@ def test_the_bundled_corpus(tok):
     held_out = sum(data.document_hash(text) < data.split_threshold(manifest, 0.05) for text in texts)
     assert 5 <= held_out <= 25
     assert np.all([text == text.strip() and "\r" not in text and "\t" not in text for text in texts])
+
+
+def test_no_document_of_the_bundled_corpus_nearly_repeats_another():
+    """Over all pairs, so whichever are held out. The figures of corpus/README.md, by word 5-grams."""
+    texts = pq.read_table(Path(__file__).parent.parent / "corpus" / "austen.parquet")["text"].to_pylist()
+    holders: dict[tuple[str, ...], list[int]] = {}
+    sizes = []
+    for number, text in enumerate(texts):
+        words = re.findall(r"[a-z']+", text.lower().replace("\u2019", "'"))
+        grams = set(zip(*(words[start:] for start in range(5)), strict=False))
+        sizes.append(len(grams))
+        for gram in grams:
+            holders.setdefault(gram, []).append(number)
+    shared = Counter(pair for held in holders.values() if len(held) > 1 for pair in itertools.combinations(held, 2))
+    assert min(sizes) > 100 and shared
+    jaccard = max(count / (sizes[a] + sizes[b] - count) for (a, b), count in shared.items())
+    contained = max(count / min(sizes[a], sizes[b]) for (a, b), count in shared.items())
+    assert round(jaccard, 4) == 0.0035 and round(contained, 3) == 0.009
 
 
 @posix
