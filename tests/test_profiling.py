@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from profiling import DEAREST, TABLE, TRACE, Profiler
@@ -32,5 +33,7 @@ def test_the_third_step_is_traced(tmp_path: Path) -> None:
     assert sum(event.get("name") == "aten::mm" for event in events) == 1  # one step's
 
 
-def test_a_run_that_is_too_short_leaves_nothing(tmp_path: Path) -> None:
-    assert steps(tmp_path, 1) == [] and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_run_that_is_too_short_says_so_and_leaves_nothing(number: int, tmp_path: Path) -> None:
+    (note,) = steps(tmp_path, number)
+    assert f"made {number}" in note and not list(tmp_path.iterdir())
