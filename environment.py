@@ -26,7 +26,7 @@ def prepare() -> None:
         release = tuple(int(part) for part in importlib.metadata.version("torch").split(".")[:2])
         os.environ[new if release >= (2, 11) else old] = "expandable_segments:True"
     if sys.platform == "linux":
-        # Keep freed activations: giving them back and fetching fresh pages costs a CPU run time (LOG.md).
+        # Keep freed activations for the next step.
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD

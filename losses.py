@@ -11,7 +11,7 @@ from torch import Tensor
 from ops import installed, liger_ops
 
 IGNORE = -100  # a target that is not predicted; torch's own convention
-# Logits computed at once: on a CPU what its caches hold (LOG.md), on a GPU enough for fast products (not measured).
+# Logits computed at once: guesses at what a CPU's caches hold and at what makes a GPU's products fast.
 TILE_LOGITS = {"cpu": 2**21, "cuda": 2**26}
 LEAST_ROWS = 512  # of a chunk: the head's gradient is read and written once for each
 
@@ -31,7 +31,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         correct_N = torch.empty(len(target_N), dtype=torch.bool, device=hidden_ND.device)
         grad_hidden_ND = torch.empty_like(hidden_ND) if with_grad else None
         grad_head_WD = torch.zeros_like(head_WD, dtype=torch.float32) if with_grad else None
-        # One buffer for all: fresh pages are dear (LOG.md). Without gradients a tile's logits are needed once.
+        # One buffer for all chunks. Without gradients a tile's logits are needed once.
         kept = hidden_ND.new_empty(min(rows, len(hidden_ND)) * (len(head) if with_grad else width))
         for start in range(0, len(target_N), rows):
             part = slice(start, start + rows)
@@ -98,7 +98,7 @@ class _Tile(NamedTuple):
 
 
 def loss_paths(device: torch.device) -> list[str]:
-    """Paths worth considering here, the one that "auto" takes first. On a CPU torch's is slower (LOG.md)."""
+    """Paths worth considering here, the one that "auto" takes first. On a CPU torch's is slower (benchmarks/)."""
     if device.type == "cpu":
         return ["chunked"]
     liger = torch.cuda.get_device_capability(device) >= (8, 0) and installed("liger_kernel")

@@ -31,7 +31,7 @@ def installed(package: str) -> bool:
 
 # -------------------------------------------------------------------------------------------------------- a few tokens
 
-FEW_ROWS = 8  # up to here the weights' way from memory is most of what a product costs (LOG.md)
+FEW_ROWS = 8  # a guess
 
 
 def few(x: Tensor) -> bool:
@@ -43,7 +43,7 @@ def few(x: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`F.linear` with the weight cast to the input's dtype, or for a few rows, in fp32, the input to the weight's.
 
-    These meet the weight as columns, and never alone: a CPU's libraries would multiply on one core.
+    These meet the weight as columns, and never alone.
     """
     if weight.dtype != torch.float32 or not few(x):
         return F.linear(x, weight.to(x.dtype))
@@ -154,7 +154,7 @@ MOST_PADDING = 1.6  # rows with padding over rows; a guess for sm_75 by what oth
 def experts_paths(device: torch.device, dtype: torch.dtype, hidden: int, width: int) -> list[str]:
     """Paths worth considering here, the one that "auto" takes first (GPUs: by what others publish)."""
     grouped = ["grouped"] if _has_grouped_product(dtype, hidden, width) else []
-    if device.type == "cpu":  # padding gains a little when experts are even, and loses as much as they are not (LOG.md)
+    if device.type == "cpu":  # padding grows with the busiest expert's load
         return [*grouped, "loop", "padded"]
     capability = torch.cuda.get_device_capability(device)
     if dtype != torch.bfloat16 or capability < (8, 0):

@@ -22,20 +22,18 @@ class Profiler:
         on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
         self.profile = profile(
             activities=[ProfilerActivity.CPU, *on_gpu],
-            schedule=schedule(wait=1, warmup=1, active=1, repeat=1),
+            schedule=schedule(wait=RECORDED - 2, warmup=1, active=1, repeat=1),
             on_trace_ready=self._write,
         )
-        self.steps = 0
         self.profile.start()
 
     def step(self) -> None:
-        self.steps += 1
         self.profile.step()
 
     def stop(self) -> None:
-        if self.steps < RECORDED:  # torch would record what there was
+        if self.profile.step_num < RECORDED:  # torch would record what there was
             self.profile.on_trace_ready = None
-            self.note(f"no profile: it is of step {RECORDED} of a process, and this one made {self.steps}")
+            self.note(f"no profile: it is of step {RECORDED} of a process, and this one made {self.profile.step_num}")
         self.profile.stop()
 
     def _write(self, done: Any) -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sources import Manifest
     from tracker import Tracker
 
-CPU_MICRO_TOKENS = 2048  # tokens at a time that a CPU's caches like: measured at the quickstart's shapes (LOG.md)
+CPU_MICRO_TOKENS = 2048  # tokens at a time: a guess at what a CPU's caches like
 DIVERGED_AFTER = 20  # steps in a row without a finite gradient
 EXIT_CODES = "exit codes: 0 finished, 1 failed, 2 bad input, 130 stopped by SIGINT, 143 by SIGTERM (step saved)"
 
