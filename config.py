@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from options import Reader, Schema, Section, UserError, dump, shown
+from options import NullWord, Reader, Schema, Section, UserError, dump, shown
 
 __all__ = [
     "DTYPE_NAMES",
@@ -152,10 +152,6 @@ FINEWEB_EDU = SourceConfig(
 )
 
 
-def _auto_is_null(value: object) -> object:
-    return None if value == "auto" else value
-
-
 class DataConfig(Section):
     """Where text comes from and how it becomes rows of tokens."""
 
@@ -187,9 +183,9 @@ class TrainConfig(Section):
     tokens_per_active_param: float = Field(
         default=20, gt=0, description="training tokens per active parameter (with head)"
     )
-    micro_batch: Annotated[int | None, BeforeValidator(_auto_is_null)] = Field(
-        default=4, ge=1, description="rows of one forward and backward pass; null or auto: the most that fit the memory"
-    )
+    micro_batch: Annotated[
+        int | None, BeforeValidator(lambda value: None if value == "auto" else value), NullWord("auto")
+    ] = Field(default=4, ge=1, description="rows of one forward and backward pass; auto: the most that fit the memory")
     batch_tokens: int = Field(default=131072, ge=1, description="tokens of one optimizer step, over all ranks")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="arithmetic of the matrix products"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
-from config import ModelConfig
+from config import Config, ModelConfig
 from model import DeepSeekV3
 
 
@@ -77,3 +78,10 @@ def flops_per_token(config: ModelConfig, counts: Counts, seq_len: int, *, causal
     matrices = counts.active_with_head + counts.mtp_active + depth * counts.head
     attention = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * seq_len
     return 6.0 * (matrices + (config.num_hidden_layers + depth) * attention * (0.5 if causal else 1.0))
+
+
+def num_steps(config: Config, counts: Counts) -> int:
+    """`train.steps`, or as many as `train.tokens_per_active_param` asks for."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return math.ceil(config.train.tokens_per_active_param * counts.active_with_head / config.train.batch_tokens)

@@ -554,6 +554,12 @@ class DeepSeekV3(nn.Module):
         )
 
 
+def meta_model(config: ModelConfig, dtype: torch.dtype = torch.float32, **options: Any) -> DeepSeekV3:
+    """A model without storage, on device `meta`."""
+    with torch.device("meta"):
+        return DeepSeekV3(config, dtype, **options)
+
+
 def arange_positions(tokens_BT: Tensor, start: int = 0) -> Tensor:
     return torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
 

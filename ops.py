@@ -166,7 +166,11 @@ def experts_paths(device: torch.device, dtype: torch.dtype, hidden: int, width: 
 
 
 def liger_ops() -> Any:
-    """Liger's kernels; a path asks for them where they are installed only."""
+    """Liger's kernels. Raises RuntimeError where there are none."""
+    if not installed("liger_kernel"):
+        raise RuntimeError("liger-kernel is not installed: pip install liger-kernel, on Linux")
+    if not torch.cuda.is_available():
+        raise RuntimeError("liger-kernel needs a GPU")
     import liger_kernel.ops
 
     return liger_kernel.ops
@@ -287,6 +291,8 @@ def _padded_product(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tenso
 
 def _product(path: str) -> Product:
     if path == "triton":
+        if not installed("triton"):
+            raise RuntimeError("triton is not installed: it comes with torch for CUDA, on Linux")
         from triton_ops import grouped_product
 
         return grouped_product

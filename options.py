@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, NoReturn, TypeVar, get_args, get_origin
 
@@ -90,6 +91,13 @@ def _edits(a: str, b: str) -> int:
     return rows[-1][-1]
 
 
+@dataclass(frozen=True)
+class NullWord:
+    """Annotates a key that may be null: another word for it."""
+
+    text: str
+
+
 class Schema(Generic[Root]):
     """The keys of a tree of sections: `keys` has all paths, sections too; `sources[].path` is one of a list's items."""
 
@@ -127,7 +135,8 @@ class Schema(Generic[Root]):
         signs = {"ge": ">= {}", "gt": "> {}", "le": "<= {}", "lt": "< {}", "multiple_of": "a multiple of {}"}
         limits = [sign.format(getattr(m, s)) for s, sign in signs.items() for m in field.metadata if hasattr(m, s)]
         filled = ", not empty" if any(hasattr(m, "min_length") for m in field.metadata) else ""
-        return f"{what} {' and '.join(limits)}".rstrip() + filled + (", or null" if nullable else "")
+        word = "".join(f", {m.text}" for m in field.metadata if isinstance(m, NullWord))
+        return f"{what} {' and '.join(limits)}".rstrip() + filled + word + (", or null" if nullable else "")
 
     def describe(self) -> str:
         """Every key with its default, meaning and what is allowed."""

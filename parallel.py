@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,6 +25,7 @@ from config import UserError
 
 T = TypeVar("T")
 TORCH_RANGE = "torch>=2.9,<2.14"
+PEAK_BUDGET_SEC = 0.2  # of measuring
 # Dense 16-bit matrix products with fp32 accumulation, TFLOP/s, from the vendor's data sheets, by the ends of device
 # names; whatever else there is (Ti, SUPER, Laptop, PCIe) is measured.
 NOMINAL_TFLOPS = {
@@ -57,6 +59,14 @@ class Mesh:
         votes = torch.tensor(int(flag))
         dist.all_reduce(votes)
         return bool(votes)
+
+    def least(self, number: int) -> int:
+        """The smallest of all ranks' numbers."""
+        if self.world_size == 1:
+            return number
+        numbers = torch.tensor(number)
+        dist.all_reduce(numbers, dist.ReduceOp.MIN)
+        return int(numbers)
 
     def from_main(self, value: T | None) -> T:
         """Rank 0's value, on every rank. A UserError there becomes one everywhere: no rank waits for another."""
@@ -118,12 +128,15 @@ def pick_precision(wanted: str, device: torch.device) -> str:
         return wanted if wanted != "auto" else "bf16" if native else "fp16"
     if wanted == "fp16":
         raise UserError("train.precision = fp16: on a CPU it is ten times slower than fp32; use auto, bf16 or fp32")
+    return wanted if wanted != "auto" else "bf16" if cpu_has_bf16() else "fp32"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has instructions for bf16 products. Emulated ones are many times slower than fp32."""
     if hasattr(torch.cpu, "get_capabilities"):  # torch 2.11
         features = torch.cpu.get_capabilities()
-        native = features.get("avx512_bf16") or features.get("amx_bf16")
-    else:
-        native = torch.cpu._is_avx512_bf16_supported()
-    return wanted if wanted != "auto" else "bf16" if native else "fp32"
+        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def set_arithmetic(precision: str, device: torch.device) -> None:
@@ -159,18 +172,25 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
             if re.search(rf" {pattern}$", name):
                 return tflops * 1e12, f"{name}, data sheet"
     size = 4096 if device.type == "cuda" else 1024
+    return product_flops(device, dtype, size), f"{name}, measured product of {size}x{size} matrices"
+
+
+def product_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Floating-point operations per second of a product of square matrices, the best of up to 20."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(20):
+    seconds: list[float] = []
+    while len(seconds) < 20 and sum(seconds) < PEAK_BUDGET_SEC:
         start = time.perf_counter()
-        torch.mm(a, b)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best, f"{name}, measured product of {size}x{size} matrices"
+        F.linear(a, b)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
 
 
 def usable_memory(device: torch.device) -> int:
-    """Bytes of a GPU that this process may take: all, or its fraction. What others hold now does not count: a run's
-    shape should not depend on it."""
+    """Bytes of a GPU that this process may take: all, or its fraction; 0 on a CPU. What others hold now does not count:
+    a run's shape should not depend on it."""
+    if device.type == "cpu":
+        return 0
     fraction = torch.cuda.get_per_process_memory_fraction(device)
     return int(torch.cuda.get_device_properties(device).total_memory * fraction)
 

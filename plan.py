@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-import torch
-
 import memory
-from config import Config, ModelConfig, to_yaml
-from counts import Counts, count_parameters, flops_per_token
-from model import DeepSeekV3
+from config import Config, to_yaml
+from counts import count_parameters, flops_per_token, num_steps
+from model import meta_model
 from ops import DTYPES
 from tracker import duration
 
 
-def meta_model(config: ModelConfig, dtype: torch.dtype = torch.float32, **options: Any) -> DeepSeekV3:
-    with torch.device("meta"):
-        return DeepSeekV3(config, dtype, **options)
-
-
-def num_steps(config: Config, counts: Counts) -> int:
-    """`train.steps`, or as many as `train.tokens_per_active_param` asks for."""
-    if config.train.steps is not None:
-        return config.train.steps
-    return math.ceil(config.train.tokens_per_active_param * counts.active_with_head / config.train.batch_tokens)
-
-
-def describe_memory(config: Config) -> list[str]:
-    """The predicted peak of one GPU, GiB. Where the configuration leaves it open: in bf16, a row at a time."""
-    precision = "bf16" if config.train.precision == "auto" else config.train.precision
+def describe_memory(config: Config, world_size: int = 1) -> list[str]:
+    """The predicted peak of one GPU, GiB. Where the configuration leaves it open: one row at a time, and both bf16 and
+    fp16, which cards before Ampere take."""
+    precisions = ("bf16", "fp16") if config.train.precision == "auto" else (config.train.precision,)
     rows = config.train.micro_batch or 1
-    told = memory.peak(config, dtype=DTYPES[precision], rows=rows)
+    told = [memory.peak(config, dtype=DTYPES[name], rows=rows, world_size=world_size) for name in precisions]
     more = "" if config.train.micro_batch else " (auto: as many as fit)"
+    ranks = f" of {world_size}" if world_size > 1 else ""
+    phases = " and ".join(dict.fromkeys(peak.phase for peak in told))
+    parts = [*told[0].parts, "sum"]
     return [
-        f"memory    predicted peak of one GPU (cuda), {precision}, {rows} row{'s' * (rows > 1)} at a time{more}, GiB",
-        f"          reached in {told.phase}; slack and CUDA's own share are assumed, the rest is traced",
-        *(f"  {part:<26}{size / 2**30:>18.2f}" for part, size in [*told.parts.items(), ("sum", told.total)]),
+        f"memory    predicted peak of one GPU{ranks} (cuda), {rows} row{'s' * (rows > 1)} at a time{more}, GiB",
+        f"          reached in {phases}; slack and CUDA's own share are assumed, the rest is traced",
+        f"  {'':<26}" + "".join(f"{name:>18}" for name in precisions),
+        *(
+            f"  {part:<26}" + "".join(f"{peak.parts.get(part, peak.total) / 2**30:>18.2f}" for peak in told)
+            for part in parts
+        ),
     ]
 
 
-def describe(config: Config, *, tokens_per_sec: float | None, price_per_hour: float | None) -> str:
+def describe(config: Config, *, tokens_per_sec: float | None, price_per_hour: float | None, world_size: int = 1) -> str:
     """The text of `--dry-run`."""
     counts = count_parameters(meta_model(config.model))
     steps = num_steps(config, counts)
@@ -61,7 +52,7 @@ def describe(config: Config, *, tokens_per_sec: float | None, price_per_hour: fl
         f"FLOPs     {full / 1e9:.3f} GFLOP per token over all {seq_len} keys, {causal / 1e9:.3f} over the causal half",
         f"          {full * tokens:.2e} in all",
         "",
-        *describe_memory(config),
+        *describe_memory(config, world_size),
     ]
     if tokens_per_sec:
         seconds = tokens / tokens_per_sec

@@ -48,15 +48,21 @@ def choose(
         "loss": (1 + cfg.num_nextn_predict_layers) * tokens * cfg.vocab_size * cfg.hidden_size,
     }
     runs = {"experts": _experts_run, "attention": _attention_run, "loss": _loss_run}
-    if config.train.compile and dtype == torch.float32 and "grouped" in candidates["experts"]:
-        candidates["experts"].remove("grouped")  # torch compiles it for bf16 only
+    barred: dict[str, str] = {}
+    if config.train.compile and dtype == torch.float32:
+        barred["grouped"] = "train.compile=true compiles it for bf16 only"
+        candidates["experts"] = [path for path in candidates["experts"] if path not in barred]
     probe = (config, rows, device, dtype)
     chosen: dict[str, str] = {}
     notes: list[str] = []
     for name, paths in candidates.items():
         given = getattr(config.ops, name)
         wanted = given if given != "auto" else stored.get(name)
-        if wanted is not None and wanted not in paths and (problem := _problem(wanted, runs[name], probe)):
+        if (
+            wanted is not None
+            and wanted not in paths
+            and (problem := barred.get(wanted) or _problem(wanted, runs[name], probe))
+        ):
             if given != "auto":
                 raise UserError(
                     f"ops.{name} = {given} does not work for {dtype} on this {device.type} ({problem}); "
@@ -95,10 +101,11 @@ def fastest(paths: list[str], run: Run, device: torch.device) -> tuple[str, list
     if not best:
         raise UserError(f"no path works on this {device.type}: {'; '.join(notes)}")
     usual, winner = next(iter(best)), min(best, key=lambda path: best[path])
-    for _ in range(2):
+    for again in (False, True):
+        if again:
+            best = {path: _time(lambda path=path: run(path), device) for path in (usual, winner)}
         if best[winner] * MARGIN[device.type] > best[usual]:
             return usual, notes
-        best = {path: _time(lambda path=path: run(path), device) for path in (usual, winner)}
     return winner, notes
 
 

@@ -7,6 +7,7 @@ torch is imported inside functions, so that a mistake in the configuration is to
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import math
 import os
@@ -21,6 +22,7 @@ import config as configuration
 import environment
 from config import Config, OpsConfig, UserError
 from options import Parser
+from signals import StopFlag, Stopped
 
 if TYPE_CHECKING:
     import torch
@@ -127,31 +129,6 @@ def micro_batches(rows: int, number: int) -> list[slice]:
     return [slice(part * rows // number, (part + 1) * rows // number) for part in range(number)]
 
 
-class StopFlag:
-    """Set by SIGINT and SIGTERM, polled between micro-batches; a second signal ends the process at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    @property
-    def requested(self) -> bool:
-        return self.signal is not None
-
-    def __enter__(self) -> StopFlag:
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.requested:
-            os._exit(128 + number)
-        self.signal = number
-        os.write(2, b"\nstopping after this micro-batch; once more to stop at once, without saving\n")
-
-
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
@@ -160,18 +137,19 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
     import data
     import evals
     import parallel
-    import plan
     import probe
     import profiling
     import resume
     import tokenizer as tokenizers
-    from counts import count_parameters, flops_per_token
+    from counts import count_parameters, flops_per_token, num_steps
     from metrics import Clock
+    from model import meta_model
     from ops import DTYPES
     from tracker import Tracker
 
     run_dir = Path(config.run.dir)
-    with StopFlag() as stop, parallel.processes(allow_cpu=allow_cpu) as mesh:
+    stop = StopFlag()
+    with parallel.processes(allow_cpu=allow_cpu) as mesh, contextlib.ExitStack() as cleanup:
         if config.rows_per_step < mesh.world_size:
             raise UserError(
                 f"train.batch_tokens = {config.train.batch_tokens} is {config.rows_per_step} rows of data.seq_len = "
@@ -180,19 +158,25 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         precision = parallel.pick_precision(config.train.precision, mesh.device)
         parallel.set_arithmetic(precision, mesh.device)
         dtype = DTYPES[precision]
-        config = config.with_micro_batch(mesh.from_main(on_main(mesh, lambda: fitting_rows(config, mesh, dtype))))
-        counts = count_parameters(plan.meta_model(config.model))
-        steps = plan.num_steps(config, counts)
+        memory = mesh.least(parallel.usable_memory(mesh.device))
+        rows = mesh.from_main(on_main(mesh, lambda: fitting_rows(config, mesh, dtype, memory)))
+        config = config.with_micro_batch(rows)
+        counts = count_parameters(meta_model(config.model))
+        steps = num_steps(config, counts)
         flops = flops_per_token(config.model, counts, config.data.seq_len)
         peak, peak_name = parallel.peak_flops(mesh.device, dtype)
         if mesh.is_main:
-            warn_if_slow(mesh, flops * steps * config.train.batch_tokens / peak)
+            warn_if_slow(mesh, precision, flops * steps * config.train.batch_tokens / peak)
 
         start = mesh.from_main(on_main(mesh, lambda: resume.pick(run_dir, resume_from)))
         state = resume.TrainState.read(start) if start is not None else None
         if state is not None:
             resume.check_config(state, config, precision)
-        if state is not None and state.step >= steps:
+        if state is not None and start is not None and state.step >= steps:
+            if start.resolve().parent.parent != run_dir.resolve():
+                raise UserError(
+                    f"--resume {resume_from}: it is step {state.step} already; to branch off, give train.steps above it"
+                )
             return say_finished(config, state.step, start) if mesh.is_main else 0
         manifest, threshold, tokenizer, held_out = mesh.from_main(on_main(mesh, lambda: open_data(config, start)))
         fingerprint = tokenizers.fingerprint(tokenizer)
@@ -213,6 +197,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
             announce(run, counts, state, start, held_out, f"{precision} on {peak_name}: {peak / 1e12:.2f} TFLOP/s")
             for line in told:
                 tracker.note(line)
+        cleanup.enter_context(stop)  # until now a signal ended the program as ever: there was nothing to save
         loader = data.loader(
             manifest, tokenizer, seq_len=config.data.seq_len, extra=tokens_ahead(config), rows=config.rows_per_step,
             rank=mesh.rank, world_size=mesh.world_size, seed=config.train.seed,
@@ -226,7 +211,9 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         profiler = profiling.Profiler(run_dir, mesh.device, tracker.note) if profile and mesh.is_main else None
         try:
             while state.step < steps:
-                batch = next_batch(clock, loader)
+                batch = next_batch(clock, loader, stop)
+                if mesh.any(batch is None):
+                    break
                 if mesh.any(isinstance(batch, UserError)):  # the data are gone; what was learned is not
                     if saved < state.step:
                         save(run, state, tokenizer)
@@ -304,10 +291,14 @@ def log_entry(
 # ------------------------------------------------------------------------------------------------- the start of a run
 
 
-def next_batch(clock: Clock, loader: Loader) -> Any:
-    """The next batch, or the UserError in its place: all ranks must hear of it before one leaves."""
+def next_batch(clock: Clock, loader: Loader, stop: StopFlag) -> Any:
+    """The next batch, None if a signal came first, or the UserError in its place: all ranks must hear of it before one
+    leaves."""
     try:
-        return clock.wait_for(loader)
+        with stop.interrupting():
+            return clock.wait_for(loader)
+    except Stopped:
+        return None
     except UserError as error:
         return error
 
@@ -322,18 +313,15 @@ def on_main(mesh: Mesh, make: Callable[[], Any]) -> Any:
         return error
 
 
-def fitting_rows(config: Config, mesh: Mesh, dtype: torch.dtype) -> int:
+def fitting_rows(config: Config, mesh: Mesh, dtype: torch.dtype, available: int) -> int:
     """`train.micro_batch`; for auto the most that fit: on a GPU by the predicted peak, on a CPU its caches."""
     if config.train.micro_batch is not None:
         return config.train.micro_batch
     if mesh.device.type == "cpu":
         return min(config.rank_rows(mesh.world_size), max(1, CPU_MICRO_TOKENS // config.data.seq_len))
     import memory
-    from parallel import usable_memory
 
-    return memory.largest_micro_batch(
-        config, dtype=dtype, available=usable_memory(mesh.device), world_size=mesh.world_size
-    )
+    return memory.largest_micro_batch(config, dtype=dtype, available=available, world_size=mesh.world_size)
 
 
 def build(
@@ -342,15 +330,15 @@ def build(
     """Model, optimizers and loss scale: of the checkpoint, from `train.init_from`, or new."""
     import checkpoint
     import convert
-    import plan
     import resume
-    from model import init_weights
+    from model import init_weights, meta_model
     from ops import DTYPES
     from optim import LossScale, Optimizers
 
-    model = plan.meta_model(config.model, DTYPES[precision], recompute=config.train.recompute, paths=paths)
+    model = meta_model(config.model, DTYPES[precision], recompute=config.train.recompute, paths=paths)
     model.to_empty(device=mesh.device)
-    init_weights(model, config.train.seed)
+    if start is None:
+        init_weights(model, config.train.seed)
     optimizers = Optimizers(model, config.optim)
     scale = LossScale(dynamic=True, value=2.0**13) if precision == "fp16" else LossScale()
     if start is not None:
@@ -418,9 +406,12 @@ def make_folder(run_dir: Path, *, afresh: bool) -> None:
         raise UserError(f"run.dir = {str(run_dir)!r} cannot be written: {error.strerror}") from None
 
 
-def warn_if_slow(mesh: Mesh, seconds_at_peak: float) -> None:
+def warn_if_slow(mesh: Mesh, precision: str, seconds_at_peak: float) -> None:
+    from parallel import cpu_has_bf16
     from tracker import duration
 
+    if mesh.device.type == "cpu" and precision == "bf16" and not cpu_has_bf16():
+        print("this CPU emulates bf16; train.precision=fp32 is many times faster here", flush=True)
     if mesh.device.type == "cpu" and seconds_at_peak > 1800:
         print(
             f"no GPU found: on this CPU this run would take about {duration(2 * seconds_at_peak / mesh.world_size)}; "
@@ -563,9 +554,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--resume {args.resume}: no such directory; allowed: auto, never, or a checkpoint's path")
         environment.prepare()
         if args.dry_run:
-            import plan
+            if int(os.environ.get("RANK", 0)) == 0:
+                import plan
 
-            print(plan.describe(config, tokens_per_sec=args.tokens_per_sec, price_per_hour=args.price_per_hour))
+                world_size = int(os.environ.get("WORLD_SIZE", 1))
+                options = {"tokens_per_sec": args.tokens_per_sec, "price_per_hour": args.price_per_hour}
+                print(plan.describe(config, **options, world_size=world_size))
             return 0
         return train(config, resume_from=args.resume, allow_cpu=args.allow_cpu, profile=args.profile)
     except UserError as error:

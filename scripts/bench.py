@@ -56,12 +56,11 @@ import generate
 import losses
 import ops
 import parallel
-import plan
 import sources
 import tokenizer as tokenizers
 from config import OpsConfig
 from counts import count_parameters, flops_per_token
-from model import DeepSeekV3, LossWeights
+from model import DeepSeekV3, LossWeights, meta_model
 from ops import DTYPES
 from optim import update_router_bias
 from options import Parser
@@ -273,7 +272,7 @@ def bench_step(bench: Bench) -> Rows:
 def add_rates(bench: Bench, rows: Rows) -> None:
     """Tokens and FLOP/s, as a share of the best product, too; what MTP costs in time, and in FLOPs."""
     shapes, seq_len = {False: bench.plain, True: bench.config.model}, bench.config.data.seq_len
-    flops = {mtp: flops_per_token(s, count_parameters(plan.meta_model(s)), seq_len) for mtp, s in shapes.items()}
+    flops = {mtp: flops_per_token(s, count_parameters(meta_model(s)), seq_len) for mtp, s in shapes.items()}
     times = {row["name"]: row["times_first"] for row in rows}
     for row in rows:
         plain = row["name"].removesuffix(" MTP")

@@ -8,7 +8,6 @@ peak. Rows from `benchmarks/quickstart-*.json` are measured. It takes minutes: e
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,17 +15,19 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules lie beside this folder
 
+from config_table import END, program
+
 import config as configuration
 import memory
 from config import Config, UserError
-from counts import count_parameters, flops_per_token
+from counts import count_parameters, flops_per_token, num_steps
+from model import meta_model
 from ops import DTYPES
 from parallel import NOMINAL_TFLOPS
-from plan import meta_model, num_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-BEGIN, END = "<!-- table: scripts/card_table.py -->", "<!-- end of table -->"
+BEGIN = "<!-- table: scripts/card_table.py -->"
 HEADER = ("preset", "on", "rows at a time", "GiB", "tokens/s", "hours", "")
 PRESETS = ("30m", "100m", "mini", "1b")
 
@@ -83,15 +84,7 @@ def table() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="card_table.py", description="The README's table of presets and cards.")
-    parser.add_argument("--write", action="store_true", help="write it to README.md in place of printing it")
-    if not parser.parse_args(arguments).write:
-        print(table())
-        return 0
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    README.write_text(before + table() + rest.partition(END)[2], encoding="utf-8", newline="\n")
-    return 0
+    return program("card_table.py", README, BEGIN, table, arguments)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules l
 
 import config
 from counts import count_parameters, flops_per_token
-from plan import meta_model
+from model import meta_model
 
 README = config.CONFIGS / "README.md"
 BEGIN, END = "<!-- table: python scripts/config_table.py --write -->", "<!-- end of table -->"
@@ -72,23 +73,33 @@ def table() -> str:
     return "\n".join([BEGIN, *lines, END])
 
 
-def replaced(text: str) -> str:
-    """The README's text with the table of now between its markers."""
-    before, begin, rest = text.partition(BEGIN)
+def replaced(text: str, begin: str, table: str) -> str:
+    """The text with `table`, which starts with the marker `begin` and ends with `END`, in place of the one there."""
+    before, found, rest = text.partition(begin)
     _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise config.UserError(f"{README.name}: the line {BEGIN if not begin else END} is missing")
-    return before + table() + after
+    if not found or not end:
+        raise config.UserError(f"the line {begin if not found else END} is missing")
+    return before + table + after
+
+
+def program(name: str, readme: Path, begin: str, table: Callable[[], str], arguments: list[str] | None) -> int:
+    """Print a table, or with --write put it into its file."""
+    parser = argparse.ArgumentParser(prog=name, description=f"The table that {readme.name} has under {begin}")
+    parser.add_argument("--write", action="store_true", help="write it there in place of printing it")
+    if not parser.parse_args(arguments).write:
+        print(table())
+        return 0
+    try:
+        text = replaced(readme.read_text(encoding="utf-8"), begin, table())
+    except config.UserError as error:
+        print(f"error: {readme.name}: {error}", file=sys.stderr)
+        return 2
+    readme.write_text(text, encoding="utf-8", newline="\n")
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="config_table.py", description="The table of presets in configs/README.md.")
-    parser.add_argument("--write", action="store_true", help="write it to configs/README.md in place of printing it")
-    if parser.parse_args(arguments).write:
-        README.write_text(replaced(README.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
-    else:
-        print(table())
-    return 0
+    return program("config_table.py", README, BEGIN, table, arguments)
 
 
 if __name__ == "__main__":

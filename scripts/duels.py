@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules l
 import torch
 from torch import Tensor
 
-import plan
+import parallel
 from config import Config, ModelConfig, UserError
-from model import DeepSeekV3, init_weights
+from model import DeepSeekV3, init_weights, meta_model
 from ops import DTYPES
 
 Rows = list[dict[str, Any]]
@@ -59,14 +59,6 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"median_ms": 1e3 * median, "p20_ms": 1e3 * cuts[0], "p80_ms": 1e3 * cuts[3], "runs": len(seconds)}
 
 
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best product of large square matrices, measured here and now whatever the data sheet says."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = interleaved({"product": lambda: a @ b}, device, repeats=20)["product"]
-    return 2 * size**3 / min(seconds)
-
-
 def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -92,16 +84,18 @@ class Bench:
         self.rng = torch.Generator().manual_seed(self.config.train.seed)
 
     def find_roofs(self) -> None:
-        """The best products so far: other work may disturb a moment, not all of them."""
+        """The best products so far, whatever a data sheet says: other work may disturb a moment, not all of them."""
+        size = 8192 if self.device.type == "cuda" else 1024
         for name in self.dtypes:
-            self.roofs[name] = max(self.roofs.get(name, 0.0), product_rate(self.device, DTYPES[name]) / 1e12)
+            flops = parallel.product_flops(self.device, DTYPES[name], size)
+            self.roofs[name] = max(self.roofs.get(name, 0.0), flops / 1e12)
 
     def tensor(self, *shape: int, grad: bool = True, dtype: str | None = None, scale: float = 1.0) -> Tensor:
         values = torch.randn(*shape, generator=self.rng) * scale
         return values.to(self.device, DTYPES[dtype or self.precision]).requires_grad_(grad)
 
     def build(self, config: ModelConfig, dtype: str = "fp32", **options: Any) -> DeepSeekV3:
-        model = plan.meta_model(config, DTYPES[dtype], **options).to_empty(device=self.device)
+        model = meta_model(config, DTYPES[dtype], **options).to_empty(device=self.device)
         init_weights(model, self.config.train.seed)
         return model
 

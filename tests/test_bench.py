@@ -190,7 +190,7 @@ def test_two_contenders_live_at_most() -> None:
     alive: weakref.WeakSet[Contender] = weakref.WeakSet()
     most: list[int] = []
     makers: dict[str, Callable[[], Any]] = {
-        name: lambda ms=ms: Contender(ms) for name, ms in {"a": 4, "b": 8, "c": 12, "d": 2}.items()
+        name: lambda ms=ms: Contender(ms) for name, ms in {"a": 10, "b": 25, "c": 45, "d": 2}.items()
     }
     rows = small().duels(makers, rows=7)
     assert max(most) == 2

@@ -54,3 +54,5 @@ def test_write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.C
     assert card_table.main(["--write"]) == 0
     assert copy.read_text(encoding="utf-8") == f"before\n{printed}\nafter\n"
     assert re.search(r"\| mini \| T4 \|", printed)
+    copy.write_text(f"before\n{card_table.BEGIN}\nold\nafter\n", encoding="utf-8")
+    assert card_table.main(["--write"]) == 2 and copy.read_text(encoding="utf-8").endswith("after\n")

@@ -22,6 +22,7 @@ import train
 from config import Config, ModelConfig, UserError
 from data import Batch, Cursor
 from model import Router
+from signals import StopFlag
 from tracker import Tracker
 
 CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ def run_for(config: Config, dtype: torch.dtype, device: torch.device = CPU, *, a
         router.register_forward_hook(lambda module, args, out: (expert_NA, *out[1:]))
     return train.Run(
         config, parallel.Mesh(0, 1, device), model, model, optim.Optimizers(model, config.optim),
-        optim.LossScale(), 10, train.StopFlag(), Tracker(None, total_steps=10, first_step=0),
+        optim.LossScale(), 10, StopFlag(), Tracker(None, total_steps=10, first_step=0),
     )  # fmt: skip
 
 

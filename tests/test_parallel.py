@@ -290,6 +290,14 @@ def test_peak_is_measured_where_no_data_sheet_holds(
     assert small_products == [((4096, 4096), "cuda", dtype)] * 2
 
 
+def test_the_smallest_of_all_ranks_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `micro_batch=auto` fits into: the memory of the smallest card."""
+    assert Mesh(0, 1, CPU).least(7) == 7
+    asked = []
+    monkeypatch.setattr(parallel.dist, "all_reduce", lambda tensor, op: asked.append(op) or tensor.fill_(3))
+    assert Mesh(0, 2, CPU).least(2**40) == 3 and asked == [parallel.dist.ReduceOp.MIN]
+
+
 def test_peak_of_this_cpu() -> None:
     """Against a product timed here: of the same order, whatever else this machine does."""
     peak, source = peak_flops(CPU, torch.float32)

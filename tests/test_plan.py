@@ -15,7 +15,8 @@ import memory
 import plan
 import train
 from config import Config
-from counts import count_parameters
+from counts import count_parameters, num_steps
+from model import meta_model
 
 MINI = configuration.load("mini")
 
@@ -32,9 +33,9 @@ def small(**changes: Any) -> Config:
 
 def test_steps_of_the_default_run() -> None:
     """20 tokens for each of 116,862,720 active parameters, in steps of 131,072, rounded up."""
-    counts = count_parameters(plan.meta_model(MINI.model))
+    counts = count_parameters(meta_model(MINI.model))
     assert counts.active_with_head == 116_862_720
-    assert plan.num_steps(MINI, counts) == 17_832
+    assert num_steps(MINI, counts) == 17_832
     assert 17_831 * 131_072 < 20 * 116_862_720 <= 17_832 * 131_072 == 2_337_275_904
 
 
@@ -49,31 +50,51 @@ def test_steps_of_the_default_run() -> None:
 )
 def test_steps_follow_the_configuration(override: str, steps: int) -> None:
     config = configuration.load("mini", [override])
-    assert plan.num_steps(config, count_parameters(plan.meta_model(config.model))) == steps
+    assert num_steps(config, count_parameters(meta_model(config.model))) == steps
 
 
 @pytest.mark.parametrize(
-    ("train", "dtype", "rows", "heading"),
+    ("train", "world_size", "dtypes", "rows", "heading"),
     [
-        ({}, torch.float32, 2, "GPU (cuda), fp32, 2 rows at a time, GiB"),
-        ({"precision": "auto", "micro_batch": 1}, torch.bfloat16, 1, "bf16, 1 row at a time, GiB"),
-        ({"precision": "fp16", "micro_batch": "auto"}, torch.float16, 1, "1 row at a time (auto: as many as fit), GiB"),
+        ({}, 1, {"fp32": torch.float32}, 2, "one GPU (cuda), 2 rows at a time, GiB"),
+        (
+            {"precision": "auto", "micro_batch": 1}, 8, {"bf16": torch.bfloat16, "fp16": torch.float16}, 1,
+            "one GPU of 8 (cuda), 1 row at a time, GiB",
+        ),
+        ({"precision": "fp16", "micro_batch": "auto"}, 1, {"fp16": torch.float16}, 1, "(auto: as many as fit), GiB"),
     ],
-)
+)  # fmt: skip
 def test_memory_says_what_it_stands_for(
-    train: dict[str, Any], dtype: torch.dtype, rows: int, heading: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: dict[str, Any] = {}
+    train: dict[str, Any], world_size: int, dtypes: dict[str, torch.dtype], rows: int, heading: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    asked = list[dict[str, Any]]()
 
     def peak(config: Config, **options: Any) -> memory.Peak:
-        asked.update(options)
-        return memory.Peak(3 * 2**30, {"weights": 2**30, "slack": 2**31}, "backward")
+        asked.append(options)
+        return memory.Peak(3 * 2**30, {"weights": 2**30, "slack": 2**31}, ["backward", "optimizer"][len(asked) - 1])
 
     monkeypatch.setattr(memory, "peak", peak)
-    lines = plan.describe_memory(small(train=train))
-    assert asked == {"dtype": dtype, "rows": rows}
-    assert heading in lines[0] and "in backward" in lines[1]
-    assert [line.split() for line in lines[2:]] == [["weights", "1.00"], ["slack", "2.00"], ["sum", "3.00"]]
+    lines = plan.describe_memory(small(train=train), world_size)
+    assert asked == [{"dtype": dtype, "rows": rows, "world_size": world_size} for dtype in dtypes.values()]
+    assert heading in lines[0]
+    assert ("in backward and optimizer;" if len(dtypes) > 1 else "in backward;") in lines[1]
+    columns = len(dtypes)
+    table = [["weights", "1.00"], ["slack", "2.00"], ["sum", "3.00"]]
+    wanted = [list(dtypes), *([name, *[gib] * columns] for name, gib in table)]
+    assert [line.split() for line in lines[2:]] == wanted
+
+
+def test_only_the_first_rank_prints_the_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `torchrun --nproc_per_node=2 train.py --dry-run` starts them."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, heading in (("0", "one GPU of 2 (cuda)"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert train.main(["--dry-run", "--config", "quickstart"]) == 0
+        out = capsys.readouterr().out
+        assert heading in out and bool(out) == bool(heading)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +114,11 @@ def test_the_default_run_in_figures(told: str) -> None:
     # Over all keys, as the device's utilisation is told; over half of them; and all of the run's.
     for figure in ("1.306 GFLOP per token over all 2048 keys", "1.143 over the causal half", "3.05e+18"):
         assert figure in told
-    gib = [float(number) for number in re.findall(r"(?m)^  \S.* {2,}(\d+\.\d\d)$", told.partition("memory ")[2])]
-    assert gib[-1] == pytest.approx(sum(gib[:-1]), abs=0.01 * len(gib)) and len(gib) == 7
+    table = re.findall(r"(?m)^  \S.* {2,}(\d+\.\d\d) +(\d+\.\d\d)$", told.partition("memory ")[2])
+    assert len(table) == 7
+    for column in zip(*table, strict=True):  # bf16, fp16
+        *parts, total = map(float, column)
+        assert total == pytest.approx(sum(parts), abs=0.01 * len(table))
 
 
 def test_the_configuration_it_prints_can_be_loaded(told: str, tmp_path: Path) -> None:

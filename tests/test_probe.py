@@ -71,6 +71,7 @@ def test_another_path_must_be_clearly_faster(
 ) -> None:
     ran = timed(monkeypatch, seconds)
     assert probe.fastest(list(seconds), lambda path: ran.append(path) or [torch.ones(1)], CPU) == (winner, [])
+    assert ran.count("a") == 2 + (winner != "a")  # compared, timed, and once more before it is given up
 
 
 def test_a_moment_of_luck_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +90,10 @@ def test_nothing_that_is_no_number_is_taken(monkeypatch: pytest.MonkeyPatch) -> 
 def test_compiled_fp32_does_not_take_the_grouped_product() -> None:
     assert chosen("train.compile=true")[0].experts == "loop"  # torch compiles it for bf16 only
     assert chosen("train.compile=true", dtype=torch.bfloat16)[0].experts == USUAL
+    with pytest.raises(UserError, match=r"ops\.experts = grouped does not work .*train\.compile"):
+        chosen("train.compile=true", "ops.experts=grouped")
+    paths, notes = chosen("train.compile=true", stored={"experts": "grouped"})
+    assert paths.experts == "loop" and "experts path, grouped, does not work" in notes[0]
 
 
 def test_paths_that_fail_or_are_wrong_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

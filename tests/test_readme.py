@@ -27,7 +27,8 @@ import parallel
 import plan
 import resume
 import train
-from counts import count_parameters
+from counts import count_parameters, num_steps
+from model import meta_model
 
 ROOT = Path(train.__file__).resolve().parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -115,7 +116,7 @@ def check_train(words: list[str]) -> None:
     """They parse, and the plan can be made: configuration and counts, with FLOPs and memory if they ask for it."""
     args = train.parse(words)
     settings = config.load(args.config, args.overrides)
-    assert plan.num_steps(settings, count_parameters(plan.meta_model(settings.model))) > 0
+    assert num_steps(settings, count_parameters(meta_model(settings.model))) > 0
     if args.dry_run:
         plan.describe(settings, tokens_per_sec=args.tokens_per_sec, price_per_hour=args.price_per_hour)
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Who may import whom: modules of the rows above one's own, and the neighbours named below. A new module gets its row
 # here and its line under "Reading order" in the README.
 LAYERS = (
-    ("options", "config", "text", "tracker"),  # standard library, pydantic, yaml
+    ("options", "config", "text", "tracker", "signals"),  # standard library, pydantic, yaml
     ("remote", "environment", "ops", "triton_ops", "losses", "tokenizer", "checkpoint"),  # receive values, not configs
     ("model", "sources", "data", "convert"),
     ("counts", "profiling", "parallel", "optim", "evals", "metrics", "resume"),
@@ -63,7 +63,7 @@ PICKLING = {  # torch's distributed checkpoint keeps its metadata as a pickle
     "pandas.read_pickle", "pd.read_pickle",
 }  # fmt: skip
 WRITTEN_ONLY = {"YarnConfig.type"}  # what consumers of the checkpoint tell extensions apart by
-SCRIPT_ROOMS = {"duels", "bench_layers"}  # of scripts/bench.py
+SCRIPT_ROOMS = {"duels", "bench_layers", "config_table"}  # what scripts share
 VAGUE = {"utils", "util", "common", "helpers", "misc"}
 
 

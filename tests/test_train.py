@@ -230,6 +230,33 @@ def test_a_signal_saves_the_last_completed_step(tiny, tmp_path: Path, capsys: py
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+def test_a_signal_while_waiting_for_data(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A Hub that does not answer is waited for, for minutes; a signal is answered at once."""
+    from metrics import Clock
+
+    real = Clock.wait_for
+
+    def silent(clock, loader):
+        if len(metrics(tmp_path / "run")) == 3:
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("went on waiting")
+        return real(clock, loader)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Clock, "wait_for", silent)
+        assert tiny("run") == 128 + signal.SIGTERM
+    assert newest(tmp_path / "run").name == "step_00000003"
+
+
+def test_a_branch_off_a_finished_run_needs_more_steps(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny("run", *SHORT) == 0
+    assert tiny("branch", *SHORT, "--resume", str(tmp_path / "run")) == 2
+    assert "is step 4 already; to branch off, give train.steps above it" in capsys.readouterr().err
+    assert not (tmp_path / "branch").exists()
+    assert tiny("branch", *SHORT, "train.steps=5", "--resume", str(tmp_path / "run")) == 0
+    assert newest(tmp_path / "branch").name == "step_00000005"
+
+
 def test_a_signal_to_the_process_and_its_worker(tiny, tmp_path: Path) -> None:
     if sys.platform == "win32":
         pytest.skip("POSIX signals")
@@ -301,8 +328,8 @@ def test_a_start_afresh_that_fails_moves_nothing(tiny, tmp_path: Path) -> None:
 def test_the_data_going_away_saves_what_was_learned(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     real = train.next_batch
 
-    def gone(clock, loader):
-        batch = real(clock, loader)
+    def gone(clock, loader, stop):
+        batch = real(clock, loader, stop)
         return train.UserError("the Hub is gone") if batch.cursor.to_dict()["offset"] > 1500 else batch
 
     with pytest.MonkeyPatch.context() as patch:
@@ -319,7 +346,6 @@ def test_a_precision_that_follows_the_card(tiny, tmp_path: Path) -> None:
     for name, step in (("bf16", 1), ("fp16", 2), ("bf16", 3), ("fp16", 4)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(parallel, "pick_precision", lambda *_, name=name: name)
-            patch.setattr(parallel, "peak_flops", lambda *_: (1e12, "CPU"))  # measuring fp16 takes 40 s here
             stop_after(tiny, "run", step, "train.precision=auto", *SHORT, "train.steps=5")
     scales = [line["loss_scale"] for line in metrics(tmp_path / "run")]
     assert scales == [1.0, 2.0**13, 1.0, 2.0**13]
@@ -413,7 +439,6 @@ def test_fp16_with_its_loss_scale_follows_fp32_and_resumes_exactly(tiny, tmp_pat
     assert tiny("exact", *SHORT) == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "pick_precision", lambda *_: "fp16")
-        patch.setattr(parallel, "peak_flops", lambda *_: (1e12, "CPU"))  # measuring fp16 takes 40 s here
         assert tiny("half", "train.precision=auto", *SHORT) == 0
         stop_after(tiny, "parts", 2, "train.precision=auto", *SHORT)
         assert tiny("parts", "train.precision=auto", *SHORT) == 0
@@ -433,7 +458,6 @@ def test_an_overflow_halves_the_scale_and_touches_no_state(tiny, tmp_path: Path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "pick_precision", lambda *_: "fp16")
-        patch.setattr(parallel, "peak_flops", lambda *_: (1e12, "CPU"))  # measuring fp16 takes 40 s here
         real = optim.LossScale
         patch.setattr(optim, "LossScale", lambda **values: real(**values | {"value": 2.0**40}) if values else real())
         assert tiny("run", "train.precision=auto", *SHORT) == 0

@@ -1,0 +1,44 @@
+"""One signal asks for the end, a second one is the end, and a wait is cut short."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from signals import StopFlag, Stopped
+
+
+def test_a_signal_is_noted_and_the_handlers_come_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with StopFlag() as stop:
+        assert not stop.requested
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested and stop.signal == signal.SIGTERM
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_wait_is_cut_short() -> None:
+    with StopFlag() as stop:
+        with pytest.raises(Stopped), stop.interrupting():
+            signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(Stopped), stop.interrupting():  # nobody waits who was told to stop
+            pytest.fail("went on waiting")
+
+
+def test_a_second_signal_ends_the_process() -> None:
+    code = """
+import signal
+from signals import StopFlag
+with StopFlag() as stop:
+    signal.raise_signal(signal.SIGINT)
+    print("goes on", flush=True)
+    signal.raise_signal(signal.SIGTERM)
+    print("never", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stdout == "goes on\n" and "once more to stop at once" in done.stderr
