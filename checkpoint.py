@@ -235,8 +235,12 @@ def find(path: Path | str) -> Path:
 
     Raises UserError when there is none, CheckpointError when a checkpoint is damaged.
     """
-    path = Path(path)
-    if not path.is_dir():
+    path = Path(path).expanduser()
+    try:
+        there = path.is_dir()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"{path}: {error.strerror}") from None
+    if not there:
         raise UserError(f"{path}: no such directory; give a run, a checkpoint or a Hugging Face model directory")
     if (path / MANIFEST).is_file():
         verify(path)

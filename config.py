@@ -8,6 +8,7 @@ code 2. How keys are read and explained is in `options.py`.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -400,11 +401,14 @@ def load(config: str, overrides: Sequence[str] = ()) -> Config:
     """
     path, name = _find(config)
     reader = Reader(_SCHEMA, path, name)
+    stored = reader.tree.get("run")
+    if isinstance(stored, dict) and stored.get("dir") == f"runs/{stored.get('name')}":
+        del stored["dir"]  # a run's own config.yaml: that is the default, which follows another name
     for argument in overrides:
         reader.override(argument)
     run = reader.validate().run
     run_name = run.name or path.stem
-    reader.tree["run"] = {"name": run_name, "dir": run.dir or f"runs/{run_name}"}
+    reader.tree["run"] = {"name": run_name, "dir": os.path.expanduser(run.dir) or f"runs/{run_name}"}
     return reader.validate()
 
 

@@ -155,6 +155,13 @@ def from_checkpoint(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[
 
     Raises CheckpointError naming what is missing, unknown or of another shape than `config` says.
     """
+    # Some bytes of config.json can ask for millions of tensors: refused before they are listed.
+    moe = config.num_hidden_layers - config.first_k_dense_replace + config.num_nextn_predict_layers
+    if 0 < len(tensors) < config.num_hidden_layers + 3 * config.n_routed_experts * moe:
+        raise CheckpointError(
+            f"{len(tensors)} tensors, too few for the {config.num_hidden_layers} layers and {config.n_routed_experts} "
+            "experts of the config"
+        )
     table = list(parameters(config))
     _check_names(tensors, {there for p in table for there, _ in p.slices}, config)
     for p in table:
@@ -164,6 +171,8 @@ def from_checkpoint(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[
                 raise CheckpointError(
                     f"{there} has shape {list(tensors[there].shape)}, the config wants {list(like[index].shape)}"
                 )
+            if not tensors[there].is_floating_point():
+                raise CheckpointError(f"{there} is of {tensors[there].dtype}, which holds no weights")
     for copy, original in _mtp_copies(config).items():
         if copy in tensors and not torch.equal(tensors[copy], tensors[original]):
             log.warning("%s differs from %s, which is used in its place", copy, original)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import os
 import random
 import re
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import environment
 from config import DTYPE_NAMES, UserError
 from options import Parser
-from text import TextStream, prompt_ids, safe_text
+from text import TextStream, prompt_ids, report, safe_text
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,8 @@ def load_model(folder: Path, device: torch.device | str, dtype: torch.dtype | st
 
     config, state = convert.load(folder)
     wanted = getattr(torch, DTYPE_NAMES[dtype]) if isinstance(dtype, str) else dtype
-    compute = wanted or state["model.embed_tokens.weight"].dtype
+    matrices = {t.dtype for name, t in state.items() if t.dim() > 1 and not name.endswith("mlp.gate.weight")}
+    compute = wanted or functools.reduce(torch.promote_types, matrices)
     if compute not in [getattr(torch, name) for name in DTYPE_NAMES.values()]:
         raise UserError(f"{folder}: weights in {compute} are not supported, only {', '.join(DTYPE_NAMES.values())}")
     with torch.device("meta"):
@@ -87,7 +89,10 @@ def end_ids(folder: Path, tok: PreTrainedTokenizerFast) -> set[int]:
     path = folder / "generation_config.json"
     ids = checkpoint.read_json(path).get("eos_token_id") if path.is_file() else None
     ids = tok.eos_token_id if ids is None else ids
-    return set(ids) if isinstance(ids, list) else {ids}  # type: ignore[arg-type]
+    found = {token for token in (ids if isinstance(ids, list) else [ids]) if type(token) is int}
+    if len(found) < (len(ids) if isinstance(ids, list) else 1):
+        raise UserError(f"{path}: eos_token_id {ids!r} must be a token id or a list of different ones")
+    return found
 
 
 class Sampling(NamedTuple):
@@ -174,7 +179,8 @@ def check_lengths(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
         if not prompt:
             raise ValueError("an empty prompt: start from the BOS or EOS token")
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise UserError(f"a prompt holds token {max(prompt)}, the model knows 0 to {config.vocab_size - 1}")
+            wrong = min(prompt) if min(prompt) < 0 else max(prompt)
+            raise UserError(f"a prompt holds token {wrong}, the model knows 0 to {config.vocab_size - 1}")
         if len(prompt) + max_new_tokens > config.max_position_embeddings:
             raise UserError(
                 f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones exceed the model's context of "
@@ -268,7 +274,10 @@ def read_prompts(given: argparse.Namespace) -> list[str]:
         return [given.prompt]
     name = "standard input" if given.prompts_file == "-" else given.prompts_file
     try:
-        content = sys.stdin.buffer.read() if given.prompts_file == "-" else Path(given.prompts_file).read_bytes()
+        if given.prompts_file == "-":
+            content = sys.stdin.buffer.read() if sys.stdin else b""  # it may be closed
+        else:
+            content = Path(given.prompts_file).expanduser().read_bytes()
         lines = content.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except (OSError, ValueError) as error:  # UnicodeDecodeError, and a null character in the name, are ValueErrors
         raise UserError(f"--prompts-file {name} cannot be read: {error}") from None
@@ -280,7 +289,7 @@ def read_prompts(given: argparse.Namespace) -> list[str]:
 
 def find_folder(name: str) -> Path:
     """The model directory; a name that does not exist is answered with its nearest neighbour, before torch loads."""
-    path = Path(name)
+    path = Path(name).expanduser()
     try:
         if not path.exists() and path.parent.is_dir():
             near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1)
@@ -355,8 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         environment.prepare()
         run(given)
     except UserError as error:
-        print("error:", safe_text(str(error)).replace("\n", " "), file=sys.stderr)
-        return 2
+        return report(error)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

@@ -468,7 +468,7 @@ class DeepSeekV3(nn.Module):
         hidden_BTD, routings = self.hidden(tokens_BT, positions=positions, cache=cache)
         if targets is None:
             return self.logits(hidden_BTD)
-        return self._losses(hidden_BTD, tokens_BT, targets, routings, loss_weights)
+        return self._losses(hidden_BTD, tokens_BT, targets, routings, loss_weights, positions)
 
     def hidden(
         self, tokens_BT: Tensor, *, positions: Tensor | None = None, cache: LatentCache | None = None
@@ -514,13 +514,14 @@ class DeepSeekV3(nn.Module):
         targets: Tensor,
         routings: list[Routing],
         weights: LossWeights | None,
+        positions_BT: Tensor | None,
     ) -> Output:
         num_tokens = tokens_BT.shape[1]
         targets = F.pad(targets, (0, max(0, num_tokens + len(self.mtp) - targets.shape[1])), value=losses.IGNORE)
         states, wanted = [hidden_BTD], [targets[:, :num_tokens]]
         for depth, mtp in enumerate(self.mtp):
             seen_BT = targets[:, depth : depth + num_tokens]
-            state_BTD, routing = self._run(mtp, states[-1], seen_BT.clamp(min=0))
+            state_BTD, routing = self._run(mtp, states[-1], seen_BT.clamp(min=0), positions_BT)
             states.append(state_BTD)
             # A position whose own input token is missing predicts nothing either.
             wanted.append(targets[:, depth + 1 : depth + 1 + num_tokens].masked_fill(seen_BT < 0, losses.IGNORE))

@@ -320,7 +320,9 @@ def grouped_experts(
         return _chosen_experts(x_ND, expert_NA, weight_NA, gate_up_EGD, down_EDF), counts_E
     gate_up_EGD, down_EDF = gate_up_EGD.to(x_ND.dtype), down_EDF.to(x_ND.dtype)
     if path == "auto":
-        path = experts_paths(x_ND.device, x_ND.dtype, hidden, width)[0]
+        paths = experts_paths(x_ND.device, x_ND.dtype, hidden, width)
+        # torch compiles the grouped product for bf16 only
+        path = paths["grouped" in paths[:1] and x_ND.dtype == torch.float32 and torch.compiler.is_compiling()]
     if path == "liger":
         experts = liger_ops().LigerFusedMoEFunction.apply
         return experts(x_ND, gate_up_EGD, down_EDF, expert_NA.to(torch.int32), weight_NA), counts_E

@@ -183,15 +183,24 @@ class Optimizers:
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`. Raises ValueError where tensors and parameters do not belong together."""
+        """The inverse of `state`. Raises ValueError where tensors and parameters do not belong together.
+
+        No tensor at all is the state before the first step.
+        """
         parameters = {name: parameter for parameter, name in self.names.items()}
         owner = {parameter: opt for opt in self.all for group in opt.param_groups for parameter in group["params"]}
+        keys = {opt: {"momentum"} if isinstance(opt, Muon) else {"step", "exp_avg", "exp_avg_sq"} for opt in self.all}
+        wanted = {f"{name}.{key}" for name, parameter in parameters.items() for key in keys[owner[parameter]]}
+        if tensors and (missing := wanted - tensors.keys()):
+            raise ValueError(f"no optimizer state {min(missing)}")
         for optimizer in self.all:
             optimizer.state.clear()
         for full_name, tensor in tensors.items():
             name, _, key = full_name.rpartition(".")
             if name not in parameters:
                 raise ValueError(f"optimizer state of {name}, which the model does not have")
+            if full_name not in wanted:
+                raise ValueError(f"optimizer state {full_name}, which its optimizer does not have")
             parameter = parameters[name]
             if key != "step" and tensor.shape != parameter.shape:
                 raise ValueError(

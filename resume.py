@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -55,6 +56,7 @@ class TrainState:
     cursor: dict[str, int] = field(default_factory=dict)
     loss_scale: dict[str, Any] = field(default_factory=dict)
     ops: dict[str, str] = field(default_factory=dict)  # the paths taken, see probe.py
+    origin: str = ""  # SHA-256 of the manifest of the checkpoint that --resume PATH branched off from
 
     def to_json(self) -> bytes:
         return (json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, sort_keys=True) + "\n").encode()
@@ -118,8 +120,29 @@ def pick(run_dir: Path, wanted: str) -> Path | None:
             f"--resume {wanted}: {run_dir} has a later checkpoint, {newest.name}; give another run.name=... to branch"
         )
     if newest is not None and newest.parent.resolve() != chosen.parent.resolve():
+        if _origin(newest) == identity(chosen):
+            return newest  # this branch, started again
         raise UserError(f"--resume {wanted}: {run_dir} has checkpoints of its own; give another run.name=... to branch")
     return chosen
+
+
+def belongs(start: Path, run_dir: Path) -> bool:
+    """Whether a checkpoint is one of the run's own."""
+    return start.resolve().parent == (run_dir / "checkpoints").resolve()
+
+
+def identity(start: Path) -> str | None:
+    """The SHA-256 of a checkpoint's manifest; None for a model directory without one."""
+    manifest = start / checkpoint.MANIFEST
+    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
+
+
+def _origin(start: Path) -> str:
+    """What a run's checkpoint branched off from; empty where it did not, or does not tell."""
+    try:
+        return TrainState.read(start).origin
+    except UserError:
+        return ""
 
 
 def move_aside(run_dir: Path) -> None:
@@ -142,10 +165,18 @@ def check_config(saved: TrainState, config: Config, precision: str) -> None:
     before = {key: defaults[key] for key in now.keys() & defaults.keys()} | _flat(saved.config)  # younger keys
     for key in sorted(before.keys() | now.keys()):
         resolved = key in ("data.sources", "train.precision")  # compared by what they come to
-        if not resolved and before.get(key) != now.get(key):
+        same = before.get(key) == now.get(key)
+        if key == "data.tokenizer":  # a relative folder may be out of sight; the checkpoint has the tokenizer
+            same = Path(before[key]).name == Path(now[key]).name
+        if not resolved and not same:
             raise _mismatch(key, before.get(key), now.get(key))
     if config.train.precision != "auto" and saved.precision != precision:
         raise _mismatch("train.precision", saved.precision, precision)
+
+
+def same_names(saved: TrainState, config: Config) -> bool:
+    """Whether the sources are called as in the checkpoint; what they hold is told by `check_content`."""
+    return saved.config["data"]["sources"] == learned(config)["data"]["sources"]
 
 
 def check_content(saved: TrainState, config: Config, *, sources: str, tokenizer: str) -> None:
@@ -159,7 +190,7 @@ def check_content(saved: TrainState, config: Config, *, sources: str, tokenizer:
         raise UserError(f"data.tokenizer: {config.data.tokenizer!r} is not the checkpoint's tokenizer; " + _REMEDY)
 
 
-_REMEDY = "set it back, or start another run: run.name=..."
+_REMEDY = "set it back, or start another run: run.name=... (with run.dir=..., if you give that)"
 
 
 def _mismatch(key: str, before: Any, now: Any) -> UserError:

@@ -66,8 +66,13 @@ def resolve(sources: Sequence[SourceConfig]) -> Manifest:
     units: list[Unit] = []
     digest = hashlib.sha256()
     for source in sources:
-        files = _local_files(source.path)
-        found, identity = _resolve_hub(source) if files is None else _resolve_local(source, files)
+        try:
+            files = _local_files(source.path)
+            found, identity = _resolve_hub(source) if files is None else _resolve_local(source, files)
+        except OSError as error:  # what may not be read, a name that is too long
+            if error.filename is None:
+                raise
+            raise UserError(f"data.sources: {error.filename}: {error.strerror}") from None
         if not found:
             raise UserError(f"data.sources: {source.path!r} holds no documents")
         units += found
@@ -154,7 +159,7 @@ def _check_utf8(file: Path) -> None:
     """Refuse what is no UTF-8 text by its first MiB; a bad byte here and there is replaced."""
     with file.open("rb") as stream:
         start = stream.read(1 << 20)
-    bad = start.decode("utf-8", errors="replace").count("\ufffd")
+    bad = start.decode("utf-8", errors="replace").count("\ufffd") + start.count(0)  # UTF-16 is half NULs
     if bad > 1 + len(start) / 1000:
         raise UserError(f"data.sources: {file}: no UTF-8 text ({bad} bad places in its first MiB); convert it first")
 
@@ -250,12 +255,14 @@ def _row_groups(path: str, size: int, text_field: str) -> list[Unit]:
 
     try:
         footer = _footer(path, size)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         if path.startswith(remote.PREFIX):
             raise  # tried again
-        raise UserError(f"data.sources: {path} is no readable Parquet file: {error}") from None
+        raise UserError(f"data.sources: {path} is not a readable Parquet file: {remote.one_line(error)}") from None
     schema = footer.schema.to_arrow_schema()
     kind = schema.field(text_field).type if text_field in schema.names else None
+    if kind is not None and pa.types.is_dictionary(kind):
+        kind = kind.value_type
     if kind not in (pa.string(), pa.large_string(), pa.string_view()):
         raise UserError(
             f"data.sources: {path} has no text column {text_field!r} (text_field); its columns: "
@@ -274,6 +281,8 @@ def _read_row_group(unit: Unit) -> tuple[list[str], int]:
             unit.start, columns=[unit.text_field], use_threads=False
         )
     column = table.column(0)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     try:
         values = column.to_pylist()
         return [value for value in values if value is not None], 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,13 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 def safe_text(text: str) -> str:
     """The text with control characters as visible escapes (\\x1b), for a terminal or a log; newline and tab stay."""
     return _UNSAFE.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def report(error: UserError | OSError) -> int:
+    """Say a user's mistake, or a file that cannot be had, in one line on standard error; the exit code."""
+    told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    print("error:", " ".join(safe_text(told).split()), file=sys.stderr)
+    return 2
 
 
 def prompt_ids(tok: PreTrainedTokenizerFast, text: str) -> list[int]:

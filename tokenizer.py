@@ -31,8 +31,12 @@ def load(name: str) -> PreTrainedTokenizerFast:
 
     Raises UserError where it cannot be found, reached or read, is no fast tokenizer, or has no end-of-text token.
     """
-    if Path(name).is_dir():
-        return _from_pretrained(name, name, None, offline=True)
+    try:
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return _from_pretrained(name, str(folder), None, offline=True)
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"tokenizer {name!r}: {error.strerror}") from None
     match = _HUB_NAME.fullmatch(name)
     if not match:
         raise UserError(f"tokenizer {name!r}: no such folder, and no Hub name (owner/name[@revision]); {_INSTEAD}")

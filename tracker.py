@@ -47,7 +47,7 @@ class Tracker:
         """A line that stays."""
         if self.folder is not None:
             self._clear()
-            print(text, file=self.out, flush=True)
+            self._print(text)
 
     def progress(self, done: float, doing: str = "") -> None:
         """`done` steps of the whole run, with the fraction of the step under way."""
@@ -57,10 +57,10 @@ class Tracker:
         self.last_line = now
         line = "  ".join(part for part in (self._where(done), self.summary, doing) if part)
         if not self.live:
-            print(line, file=self.out, flush=True)
+            self._print(line)
             return
         line = line[: shutil.get_terminal_size().columns - 1]
-        print("\r" + line.ljust(self.width), end="", file=self.out, flush=True)
+        self._print("\r" + line.ljust(self.width), end="")
         self.width = len(line)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -79,7 +79,7 @@ class Tracker:
         )  # fmt: skip
         self.last_line = time.perf_counter()
         self._clear()
-        print(f"{self._where(step)}  {self.summary}", file=self.out, flush=True)
+        self._print(f"{self._where(step)}  {self.summary}")
 
     def samples(self, step: int, prompts_and_texts: list[tuple[str, str]]) -> None:
         """Append a section to `samples.md`."""
@@ -96,8 +96,14 @@ class Tracker:
 
     def _clear(self) -> None:
         if self.live and self.width:
-            print("\r" + " " * self.width + "\r", end="", file=self.out)
+            self._print("\r" + " " * self.width + "\r", end="")
             self.width = 0
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        try:
+            print(text, end=end, file=self.out, flush=True)
+        except BrokenPipeError:  # the reader (head, less) has seen enough; the run goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.out.fileno())
 
 
 def _quote(text: str) -> str:

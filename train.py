@@ -23,6 +23,7 @@ import environment
 from config import Config, OpsConfig, UserError
 from options import Parser
 from signals import StopFlag, Stopped
+from text import report
 
 if TYPE_CHECKING:
     import torch
@@ -172,16 +173,20 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         state = resume.TrainState.read(start) if start is not None else None
         if state is not None:
             resume.check_config(state, config, precision)
-        if state is not None and start is not None and state.step >= steps:
-            if start.resolve().parent.parent != run_dir.resolve():
+        if state is not None and start is not None and not resume.belongs(start, run_dir):
+            if state.step >= steps:
                 raise UserError(
                     f"--resume {resume_from}: it is step {state.step} already; to branch off, give train.steps above it"
                 )
-            return say_finished(config, state.step, start) if mesh.is_main else 0
+            state.origin = resume.identity(start) or ""
+        if state is not None and state.step >= steps and resume.same_names(state, config):
+            return say_finished(config, state.step, start) if mesh.is_main else 0  # the data may be far away
         manifest, threshold, tokenizer, held_out = mesh.from_main(on_main(mesh, lambda: open_data(config, start)))
         fingerprint = tokenizers.fingerprint(tokenizer)
         if state is not None:
             resume.check_content(state, config, sources=manifest.fingerprint, tokenizer=fingerprint)
+            if state.step >= steps:
+                return say_finished(config, state.step, start) if mesh.is_main else 0
             state.config, state.precision = resume.learned(config), precision
         else:
             state = resume.TrainState(resume.learned(config), manifest.fingerprint, fingerprint, precision)
@@ -400,10 +405,11 @@ def make_folder(run_dir: Path, *, afresh: bool) -> None:
     try:
         if afresh:
             resume.move_aside(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").touch()
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for name in ("config.yaml", "metrics.jsonl", "samples.md"):  # now, not when there is something to lose
+            (run_dir / name).open("a").close()
     except OSError as error:
-        raise UserError(f"run.dir = {str(run_dir)!r} cannot be written: {error.strerror}") from None
+        raise UserError(f"run.dir = {str(run_dir)!r} cannot be written: {error.filename}: {error.strerror}") from None
 
 
 def warn_if_slow(mesh: Mesh, precision: str, seconds_at_peak: float) -> None:
@@ -493,19 +499,24 @@ def write_samples(run: Run, tokenizer: PreTrainedTokenizerFast, step: int) -> No
 
 def say_done(config: Config) -> None:
     print(f"\ndone: the model is in {config.run.dir}/checkpoints, in Hugging Face format")
-    print(NEXT.format(dir=config.run.dir))
+    _say_next(config)
 
 
 def say_finished(config: Config, step: int, start: Path | None) -> int:
     print(f"{config.run.name} is finished: {start} is step {step}, and no more are asked for; nothing was changed")
-    print(NEXT.format(dir=config.run.dir))
+    _say_next(config)
     return 0
+
+
+def _say_next(config: Config) -> None:
+    named = config.run.dir == f"runs/{config.run.name}"
+    print(NEXT.format(dir=config.run.dir, other="run.name" if named else "run.dir"))
 
 
 NEXT = """next:
   sample   python generate.py --checkpoint {dir} --prompt "..."
   extend   the same command with train.steps=N, more than before
-  afresh   the same command with run.name=ANOTHER, or with --resume never (which moves this run aside)"""
+  afresh   the same command with {other}=ANOTHER, or with --resume never (which moves this run aside)"""
 
 
 # ------------------------------------------------------------------------------------------------------------- program
@@ -563,9 +574,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         return train(config, resume_from=args.resume, allow_cpu=args.allow_cpu, profile=args.profile)
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report(error) if int(os.environ.get("RANK", 0)) == 0 else 2
+    except OSError as error:  # a file or folder that may not be read, written or so named
+        if error.filename is None:
+            raise
+        return report(error)
     except KeyboardInterrupt:  # before training listens to signals: nothing to save yet
         return 130
 

@@ -23,6 +23,7 @@ import checkpoint
 import convert
 from config import DTYPE_NAMES, UserError
 from options import Parser
+from text import report
 
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -32,6 +33,9 @@ COMPANIONS = (
 
 def export(checkpoint_path: Path, out: Path, *, dtype: str = "bf16", mtp: bool = True) -> None:
     """Write the model found at `checkpoint_path` to `out`, which must be absent or empty; it appears when whole."""
+    out = out.expanduser().absolute()
+    if out == Path.cwd():
+        raise UserError(f"--out {out}: is the working directory; name a new directory")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists and is not an empty directory; choose another")
     source = checkpoint.find(checkpoint_path)
@@ -80,9 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given = parser.parse_args(arguments)
         export(given.checkpoint, given.out, dtype=given.dtype, mtp=given.mtp)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        return report(error)
     return 0
 
 

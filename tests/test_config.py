@@ -172,6 +172,20 @@ def test_contradictions_name_both_places() -> None:
     )
 
 
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell does not expand `~` after `run.dir=`; a folder of that name would be a trap."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert config.load("mini", ["run.dir=~/runs"]).run.dir == str(tmp_path / "runs")
+
+
+def test_a_run_s_own_configuration(tmp_path: Path) -> None:
+    """The default folder follows the name; a folder that was given stays."""
+    for folder, wanted in (("runs/a", "runs/b"), ("elsewhere", "elsewhere")):
+        (tmp_path / "config.yaml").write_text(f"run: {{name: a, dir: {folder}}}")
+        assert config.load(str(tmp_path / "config.yaml"), ["run.name=b"]).run.dir == wanted
+
+
 def test_which_file_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "did you mean mini? Presets are" in refused("mnii")
     assert "did you mean quickstart?" in refused("quickstart.yaml")

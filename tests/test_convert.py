@@ -140,8 +140,19 @@ def test_missing_unknown_and_misshapen_tensors() -> None:
     for name in ("model.norm.weight", "model.layers.1.mlp.experts.2.up_proj.weight"):
         with pytest.raises(CheckpointError, match=rf"{name} has shape \[2, 3\], the config wants \["):
             convert.from_checkpoint(tensors | {name: torch.ones(2, 3)}, config)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is of torch\.int64, which holds no weights"):
+        convert.from_checkpoint(tensors | {"model.norm.weight": torch.ones(24, dtype=torch.int64)}, config)
     with pytest.raises(KeyError):
         convert.to_checkpoint({}, config)
+
+
+@pytest.mark.parametrize("claim", [{"n_routed_experts": 10**12}, {"num_hidden_layers": 10**12}])
+def test_a_config_that_claims_too_much_is_refused_at_once(claim: dict[str, int]) -> None:
+    """Some bytes of config.json must not make us list a trillion names."""
+    config = tiny()
+    tensors = convert.to_checkpoint(random_state(config), config)
+    with pytest.raises(CheckpointError, match="too few for the"):
+        convert.from_checkpoint(tensors, config.model_copy(update=claim))
 
 
 def test_tensors_that_may_be_there_or_not(caplog: pytest.LogCaptureFixture) -> None:

@@ -124,6 +124,9 @@ def test_refusals(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert sorted(tmp_path.rglob("*")) == before
 
     out = tmp_path / "out"
+    refused("is the working directory", "--checkpoint", run, "--out", ".")
+    refused("too long", "--checkpoint", run, "--out", "a" * 300)
+    refused("too long", "--checkpoint", "a" * 300, "--out", out)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
     refused("not an empty directory", "--checkpoint", run, "--out", tmp_path / "full")

@@ -186,6 +186,8 @@ def test_limits(model: DeepSeekV3) -> None:
         run(model, [[1], [1] * 60], max_new_tokens=5)
     with pytest.raises(UserError, match="token 96, the model knows 0 to 95"):
         run(model, [[1, 96]], max_new_tokens=5)
+    with pytest.raises(UserError, match="token -1, the model knows 0 to 95"):
+        run(model, [[-1, 3]], max_new_tokens=5)
     with pytest.raises(ValueError, match="empty prompt"):
         run(model, [[1], []], max_new_tokens=5)
     bad: dict[str, list[Any]] = {"temperature": [-1, float("nan")], "top_k": [-1], "top_p": [0, 2, float("nan")]}
@@ -274,6 +276,20 @@ def test_another_dtype(tmp_path: Path, dtype: torch.dtype | str) -> None:
     for ours, theirs in zip(loaded.buffers(), model.buffers(), strict=True):
         assert torch.equal(ours, theirs)
     assert len(generate.generate(loaded, PROMPTS, max_new_tokens=4)[1]) == 4
+
+
+def test_stored_dtypes_that_differ_lose_nothing(tmp_path: Path) -> None:
+    """An fp32 model whose embedding is stored in bf16 computes in fp32."""
+    model = build()
+    tensors = convert.to_checkpoint(model.state_dict(), model.config)
+    entries = convert.hf_config(model.config, dtype="float32", bos_token_id=None, eos_token_id=None)
+    dtypes = {"model.embed_tokens.weight": torch.bfloat16}
+    checkpoint.write(tmp_path, {"model": tensors}, {"config.json": json.dumps(entries).encode()}, dtypes=dtypes)
+    loaded, _ = generate.load(tmp_path)
+    assert loaded.dtype == torch.float32
+    tokens = torch.arange(9)[None]
+    their_logits = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(tokens).logits
+    assert (loaded(tokens) - their_logits).abs().max() < 1e-4
 
 
 def test_loaded_weights_do_not_hang_on_the_files(tmp_path: Path) -> None:
@@ -367,6 +383,10 @@ def test_cli_ends_at_the_eos_of_the_directory(run_dir: Path, tmp_path: Path, cap
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
         _, _, err = main(capfd, "--checkpoint", folder, "--prompt", "ab", "--greedy")
         assert int(err.split()[0]) == row.index(row[4])
+    for wrong in ("x", [[1]]):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        code, _, err = main(capfd, "--checkpoint", folder, "--prompt", "ab", "--greedy")
+        assert code == 2 and "eos_token_id" in err and err.count("\n") == 1
 
 
 def test_cli_rejects_bad_input_in_one_line(run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_model import randomise
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
@@ -83,6 +84,30 @@ def mtp_logits(model: DeepSeekV3, tokens: Tensor, depth: int) -> Tensor:
     for d in range(depth + 1):
         hidden, _ = model.mtp[d](hidden[:, :-1], tokens[:, d + 1 :])
     return model.logits(hidden)
+
+
+def test_positions_reach_the_mtp_layers() -> None:
+    """Given to `forward` with targets, they are those of main and MTP layers alike."""
+    model = build(num_nextn_predict_layers=2)
+    randomise(model)
+    tokens = torch.randint(VOCAB, (2, 12))
+    positions = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4, 5]).expand(2, -1)
+    inputs, targets = tokens[:, :10], tokens[:, 1:]
+    out = model(inputs, targets, positions=positions)
+    assert isinstance(out, Output)
+    state, _ = model.hidden(inputs, positions=positions)
+    for depth in range(2):
+        state, _ = model.mtp[depth](state, (tokens[:, 1 + depth : 11 + depth]), positions)
+        seen = 10 - depth  # the last position of the second head has no target
+        wanted = F.cross_entropy(
+            model.logits(state)[:, :seen].flatten(0, 1),
+            tokens[:, 2 + depth : 2 + depth + seen].flatten(),
+            reduction="sum",
+        )
+        assert out.nats[1 + depth].item() == pytest.approx(wanted.item(), rel=1e-5)
+        if depth == 0:
+            default, _ = model.mtp[0](model.hidden(inputs, positions=positions)[0], tokens[:, 1:11])
+            assert not torch.allclose(default, state)  # it makes a difference
 
 
 @pytest.mark.parametrize(

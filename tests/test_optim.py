@@ -140,9 +140,17 @@ def test_state_round_trip_continues_identically() -> None:
     assert all(torch.equal(a, b) for a, b in zip(left.parameters(), right.parameters(), strict=True))
     assert one.state().keys() == two.state().keys()
     with pytest.raises(ValueError, match="nowhere"):
-        two.load({"nowhere.weight.momentum": torch.zeros(1)})
+        two.load(one.state() | {"nowhere.weight.momentum": torch.zeros(1)})
     with pytest.raises(ValueError, match="shape"):
-        two.load({"lm_head.weight.exp_avg": torch.zeros(1)})
+        two.load(one.state() | {"lm_head.weight.exp_avg": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"lm_head\.weight\.momentum, which its optimizer does not have"):
+        two.load(one.state() | {"lm_head.weight.momentum": torch.zeros(97, 48)})
+    whole = one.state()
+    del whole["lm_head.weight.exp_avg"]
+    with pytest.raises(ValueError, match=r"no optimizer state lm_head\.weight\.exp_avg"):
+        two.load(whole)
+    two.load({})  # before the first step
+    assert two.state() == {}
 
 
 def test_clip_gradients_equals_torch() -> None:

@@ -221,7 +221,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     odd += ["".join(rng.choices(string.printable, k=30)) for _ in range(50)]
     prompts = config.SampleConfig(prompts=tuple(odd))
     model = config.ModelConfig(rope_scaling=config.YarnConfig(factor=1.5), q_lora_rank=None, initializer_range=1e-17)
-    original = config.Config(run=config.RunConfig(name="1e5", dir="~"), model=model, sample=prompts)
+    original = config.Config(run=config.RunConfig(name="1e5", dir="x ~"), model=model, sample=prompts)
     file.write_text(dump(original), encoding="utf-8", newline="")
     assert config.load(str(file)) == original
     assert dump(config.load(str(file))) == dump(original)

@@ -55,6 +55,27 @@ def test_parquet_with_bytes_that_are_no_utf8(tmp_path):
     assert texts(resolve(tmp_path)) == ["good"] and skipped(resolve(tmp_path)) == 1
 
 
+def test_parquet_of_categories(tmp_path):
+    """What pandas writes for a categorical column; bad bytes are counted there, too."""
+    column = pa.array(["one", "two", "one", None]).dictionary_encode()
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert texts(resolve(tmp_path)) == ["one", "two", "one"]
+
+
+def test_a_damaged_footer_is_one_line(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["one", "two"])
+    data = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(data[:-40] + b"\xff" * 32 + data[-8:])
+    with pytest.raises(UserError, match="not a readable Parquet file") as error:
+        resolve(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_that_is_too_long(tmp_path):
+    with pytest.raises(UserError, match="too long"):
+        resolve(tmp_path / ("a" * 300))
+
+
 def test_jsonl_skips_and_counts_what_it_cannot_read(tmp_path):
     lines = [b'\xef\xbb\xbf{"text": "first"}\r', b"", b"{broken", b'{"text": 3}', b'{"other": "x"}']
     lines += [b'{"text": "\xff"}', b"[1]", b'{"text": "\\ud800"}', b'{"text": ""}', '{"text": "läst"}'.encode()]
@@ -160,7 +181,7 @@ def test_mistakes_say_what_to_do(tmp_path, monkeypatch):
         "corpus.parquet": "no text column 'text' .text_field.; its columns: other .int64., content .string.",
         "a.jsonl": "no key 'text' .text_field.; its keys: content",
         "list.jsonl": "expected one JSON object a line, found a list",
-        "broken.parquet": "no readable Parquet",
+        "broken.parquet": "not a readable Parquet",
         "notes.docx": "expected one of .parquet .jsonl .txt",
         "empty.txt": "holds no documents",
         "none": "holds no .parquet .jsonl .txt file",
@@ -311,9 +332,12 @@ def test_a_book_in_one_line_is_cut(tmp_path: Path, line: str) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"\xff\xfeh\x00i\x00", "caf\u00e9 cr\u00e8me, d\u00e9j\u00e0 vu".encode("latin-1")],
-    ids=["utf-16", "latin-1"],
-)
+    [
+        b"\xff\xfeh\x00i\x00", ("A long enough text in plain letters. " * 100).encode("utf-16"),
+        "caf\u00e9 cr\u00e8me, d\u00e9j\u00e0 vu".encode("latin-1"),
+    ],
+    ids=["short utf-16", "utf-16", "latin-1"],
+)  # fmt: skip
 def test_text_that_is_no_utf8_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(UserError, match="no UTF-8 text"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -241,3 +243,24 @@ def test_torn_samples(tmp_path: Path) -> None:
     run.samples(3, [("a", "b")])
     text = (tmp_path / "samples.md").read_text()
     assert text.startswith("a note of mine\n") and "\n## Step 3\n" in text
+
+
+def test_a_reader_that_left_does_not_end_the_run() -> None:
+    """`train.py | head -1`"""
+    code = """
+import sys, pathlib, tempfile, time
+from tracker import Tracker
+tracker = Tracker(pathlib.Path(tempfile.mkdtemp()), total_steps=9, first_step=0)
+for step in range(200):
+    tracker.note("a line " * 1000)
+print("done", file=sys.stderr)
+"""
+    first = "import sys; sys.stdin.readline()"
+    with (
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run,
+        subprocess.Popen([sys.executable, "-c", first], stdin=run.stdout) as head,
+    ):
+        assert run.stdout is not None and run.stderr is not None
+        run.stdout.close()
+        assert run.stderr.read() == b"done\n"
+    assert run.returncode == head.returncode == 0

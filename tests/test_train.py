@@ -257,6 +257,68 @@ def test_a_branch_off_a_finished_run_needs_more_steps(tiny, tmp_path: Path, caps
     assert newest(tmp_path / "branch").name == "step_00000005"
 
 
+def test_a_branch_started_again_goes_on(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny("run", *SHORT) == 0
+    command = (*SHORT, "train.steps=8", "--resume", str(tmp_path / "run" / "checkpoints" / "step_00000004"))
+    stop_after(tiny, "branch", 6, *command)
+    assert tiny("branch", *command) == 0
+    assert newest(tmp_path / "branch").name == "step_00000008"
+    assert tiny("branch", *command) == 0 and "is finished" in capsys.readouterr().out
+    assert tiny("run", *SHORT, "run.name=other", "train.steps=5") == 0
+    assert tiny("branch", *command[:-1], str(tmp_path / "run")) == 2  # step 5: not what it branched off from
+    assert "has checkpoints of its own" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_one_of_other_data(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny("run", *SHORT) == 0
+    assert tiny("run", *SHORT, "data.sources=corpus/austen.parquet") == 2
+    error = capsys.readouterr().err
+    assert "data.sources" in error and "emma.txt" in error and "austen.parquet" in error
+
+
+def test_a_stored_configuration_takes_another_name(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = ["--config", "tiny.yaml", f"data.sources={text}", *SHORT]
+    assert train.main([*base, "run.name=a"]) == 0
+    assert train.main(["--config", "runs/a/config.yaml", "run.name=b"]) == 0
+    assert learned(tmp_path / "runs" / "b") == learned(tmp_path / "runs" / "a")
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "config.yaml", "metrics.jsonl"])
+def test_a_folder_that_cannot_be_written_is_told_before_training(
+    name: str, tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    if name == "checkpoints":
+        (tmp_path / "run" / name).touch()
+    else:
+        (tmp_path / "run" / name).mkdir()
+    assert tiny("run", *SHORT) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: run.dir = ") and name in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.sources", "train.init_from", "data.tokenizer"])
+def test_a_name_that_is_too_long_is_one_line(key: str, tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny("run", *SHORT, f"{key}={'a' * 300}") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "too long" in error and error.count("\n") == 1
+
+
+def test_a_tokenizer_out_of_sight_does_not_matter_on_resume(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tiny("first", *SHORT) == 0
+    monkeypatch.chdir(tmp_path)
+    os.rename(newest(tmp_path / "first"), tmp_path / "tok")
+    options = (*SHORT, "data.tokenizer=./tok", "train.steps=2")
+    assert tiny("run", *options) == 0
+    os.rename(tmp_path / "tok", tmp_path / "gone")
+    assert tiny("run", *options, "train.steps=3") == 0
+
+
 def test_a_signal_to_the_process_and_its_worker(tiny, tmp_path: Path) -> None:
     if sys.platform == "win32":
         pytest.skip("POSIX signals")
