@@ -33,6 +33,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_head_WD = torch.zeros_like(head_WD, dtype=torch.float32) if with_grad else None
         # One buffer for all chunks. Without gradients a tile's logits are needed once.
         kept = hidden_ND.new_empty(min(rows, len(hidden_ND)) * (len(head) if with_grad else width))
+        exp = None  # in place: nobody needs the logits again
+        if len(words) > 1 or head.dtype != torch.float32:
+            exp = hidden_ND.new_empty(min(rows, len(hidden_ND)) * width, dtype=torch.float32)
         for start in range(0, len(target_N), rows):
             part = slice(start, start + rows)
             hidden_CD, seen_C = hidden_ND[part], target_N[part] != IGNORE
@@ -41,25 +44,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_z, largest, wanted_C = [], [], torch.zeros_like(target_C, dtype=torch.float32)
             for tile in tiles:
                 torch.mm(hidden_CD, head[tile.words].mT, out=tile.logits_CU)
-                probs_CU = tile.logits_CU.softmax(-1, dtype=torch.float32)
-                largest.append(tile.logits_CU.amax(-1).float())
-                # The largest probability is exp(largest - log z) and never underflows.
-                log_z.append(largest[-1] - probs_CU.amax(-1).log())
                 logit_C = tile.logits_CU.gather(1, tile.place_C1).squeeze(1).float()
                 wanted_C = torch.where(tile.inside_C, logit_C, wanted_C)
+                largest.append(tile.logits_CU.amax(-1).float())
+                exp_CU = tile.logits_in(exp).sub_(largest[-1][:, None]).exp_()
+                log_z.append(largest[-1] + exp_CU.sum(-1).log())
             log_z_C = torch.stack(log_z).logsumexp(0)
             nats_N[part] = (log_z_C - wanted_C) * seen_C
             correct_N[part] = (wanted_C >= torch.stack(largest).amax(0)) & seen_C
             if grad_hidden_ND is None or grad_head_WD is None:
                 continue
             row_weight_C = (weight_N[part] * seen_C).float()
+            scale_C = row_weight_C * (largest[0] - log_z_C).exp() if len(tiles) == 1 else row_weight_C
             parts_CD: list[Tensor] = []
             for tile in tiles:
-                if len(tiles) > 1:  # else they are at hand
-                    probs_CU = tile.logits_CU.float().sub_(log_z_C[:, None]).exp_()
-                probs_CU.mul_(row_weight_C[:, None])
-                probs_CU.scatter_add_(1, tile.place_C1, -(row_weight_C * tile.inside_C)[:, None])
-                grad_CU = probs_CU.to(hidden_ND.dtype)
+                if len(tiles) > 1:
+                    exp_CU = tile.logits_in(exp).sub_(log_z_C[:, None]).exp_()
+                exp_CU.mul_(scale_C[:, None])
+                exp_CU.scatter_add_(1, tile.place_C1, -(row_weight_C * tile.inside_C)[:, None])
+                grad_CU = exp_CU.to(hidden_ND.dtype)
                 parts_CD.append(grad_CU @ head[tile.words])
                 if grad_CU.dtype == torch.float32:
                     grad_head_WD[tile.words].addmm_(grad_CU.mT, hidden_CD)
@@ -95,6 +98,12 @@ class _Tile(NamedTuple):
         place_C = target_C - words.start
         inside_C = (place_C >= 0) & (place_C < width)
         return cls(words, logits_CU, torch.where(inside_C, place_C, 0)[:, None], inside_C)
+
+    def logits_in(self, buffer: Tensor | None) -> Tensor:
+        """The logits, copied into `buffer` if there is one."""
+        if buffer is None:
+            return self.logits_CU
+        return buffer[: self.logits_CU.numel()].view_as(self.logits_CU).copy_(self.logits_CU)
 
 
 def loss_paths(device: torch.device) -> list[str]:

@@ -208,7 +208,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(ops.swiglu(x, self.gate_proj.weight, self.up_proj.weight))
 
 
 Chosen = list[Tensor] | None

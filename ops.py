@@ -225,34 +225,46 @@ def _sum_slots(y_SD: Tensor, slot_NA: Tensor) -> Tensor:
 
 
 class WeightedSwiGLU(torch.autograd.Function):
-    """weight * silu(gate) * up, row by row; keeps its inputs only."""
+    """weight * silu(gate) * up, row by row, the weight being 1 if None; keeps its inputs only."""
 
     @staticmethod
-    def forward(ctx, gate_up_XG: Tensor, weight_X1: Tensor) -> Tensor:
+    def forward(ctx, gate_up_XG: Tensor, weight_X1: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate_up_XG, weight_X1)
         gate_XF, up_XF = gate_up_XG.chunk(2, dim=-1)
-        out_XF = F.silu(gate_XF).mul_(up_XF).mul_(weight_X1)
+        out_XF = F.silu(gate_XF).mul_(up_XF)
+        if weight_X1 is None:
+            return out_XF
+        out_XF.mul_(weight_X1)
         # Padding weighs 0, and may overflow where its expert never saw such a token: 0 * inf is no 0.
         return out_XF.masked_fill_(weight_X1 == 0, 0) if out_XF.dtype == torch.float16 else out_XF
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
         gate_up_XG, weight_X1 = ctx.saved_tensors
         gate_XF, up_XF = gate_up_XG.chunk(2, dim=-1)
         silu_XF = F.silu(gate_XF)
-        out_XF = silu_XF * up_XF
-        if out_XF.dtype == torch.float16:  # small gradients would vanish in rounded terms
-            out_XF = out_XF.float()
-        grad_weight_X1 = (out_XF * grads[0]).sum(-1, keepdim=True)
-        grad_XF = grads[0] * weight_X1
+        grad_XF = grads[0] if weight_X1 is None else grads[0] * weight_X1
         grad_gate_up_XG = torch.empty_like(gate_up_XG)
         grad_gate_XF, grad_up_XF = grad_gate_up_XG.chunk(2, dim=-1)
         torch.mul(grad_XF, silu_XF, out=grad_up_XF)
-        torch.ops.aten.silu_backward.grad_input(grad_XF.mul_(up_XF), gate_XF, grad_input=grad_gate_XF)
-        if gate_up_XG.dtype == torch.float16:
+        torch.ops.aten.silu_backward.grad_input(grad_XF * up_XF, gate_XF, grad_input=grad_gate_XF)
+        if weight_X1 is None:
+            return grad_gate_up_XG, None
+        out_XF = silu_XF.mul_(up_XF)
+        if out_XF.dtype == torch.float16:  # small gradients would vanish in rounded terms
+            out_XF = out_XF.float()
             grad_gate_up_XG.masked_fill_(weight_X1 == 0, 0)
+        grad_weight_X1 = (out_XF * grads[0]).sum(-1, keepdim=True)
         return grad_gate_up_XG, grad_weight_X1.to(weight_X1.dtype)
+
+
+def swiglu(x: Tensor, gate_FD: Tensor, up_FD: Tensor) -> Tensor:
+    """`silu(x @ gate.T) * (x @ up.T)`; for training both as one product, of which less is kept."""
+    if not torch.is_grad_enabled():
+        return F.silu(linear(x, gate_FD)) * linear(x, up_FD)
+    gate_up = linear(x, torch.cat((gate_FD.to(x.dtype), up_FD.to(x.dtype))))
+    return WeightedSwiGLU.apply(gate_up, None)  # type: ignore[return-value]
 
 
 def _slots(expert_NA: Tensor, counts_E: Tensor, width: int | None) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules lie beside this folder
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import losses
 import ops
 from model import MLP
+from ops import DTYPES
 from optim import Muon, Optimizers, as_matrices
 
 
@@ -96,9 +98,9 @@ def bench_loss(bench: Bench) -> Rows:
 
 
 def bench_optim(bench: Bench) -> Rows:
-    """Hidden matrices only, bf16 Newton-Schulz on both sides, the same gradients."""
+    """Hidden matrices only, the same gradients; Newton-Schulz in the same precision on both sides."""
     model = bench.build(bench.config.model)
-    optimizers = Optimizers(model, bench.config.optim.model_copy(update={"name": "muon", "ns_dtype": "bf16"}))
+    optimizers = Optimizers(model, bench.config.optim.model_copy(update={"name": "muon", "ns_dtype": bench.precision}))
     ours = next(optimizer for optimizer in optimizers.all if isinstance(optimizer, Muon))
     views, singles = list[Tensor](), list[nn.Parameter]()
     for group in ours.param_groups:
@@ -111,9 +113,14 @@ def bench_optim(bench: Bench) -> Rows:
                 singles.append(nn.Parameter(matrix.clone()))
                 singles[-1].grad = grad.clone()
     theirs = torch.optim.Muon(singles, lr=1.0, adjust_lr_fn="match_rms_adamw", weight_decay=0.1)
+
+    def their_step() -> None:
+        with mock.patch.object(torch.Tensor, "bfloat16", lambda tensor: tensor.to(DTYPES[bench.precision], copy=True)):
+            theirs.step()  # it iterates in bf16, whatever it is given
+
     ours.step()
-    theirs.step()
+    their_step()
     for mine, other in zip(views, singles, strict=True):
         bench.check("torch.optim.Muon, updates", mine, other, 0.1)  # bf16 iterations leave up to 0.06
-    makers = {"ours": lambda: ours.step, "torch.optim.Muon": lambda: theirs.step}
+    makers = {"ours": lambda: ours.step, "torch.optim.Muon": lambda: their_step}
     return bench.duels(makers, matrices=len(singles), elements=sum(matrix.numel() for matrix in singles))

@@ -86,11 +86,12 @@ def program(name: str, readme: Path, begin: str, table: Callable[[], str], argum
     """Print a table, or with --write put it into its file."""
     parser = argparse.ArgumentParser(prog=name, description=f"The table that {readme.name} has under {begin}")
     parser.add_argument("--write", action="store_true", help="write it there in place of printing it")
-    if not parser.parse_args(arguments).write:
-        print(table())
+    write, now = parser.parse_args(arguments).write, table()
+    if not write:
+        print(now)
         return 0
     try:
-        text = replaced(readme.read_text(encoding="utf-8"), begin, table())
+        text = replaced(readme.read_text(encoding="utf-8"), begin, now)
     except config.UserError as error:
         print(f"error: {readme.name}: {error}", file=sys.stderr)
         return 2

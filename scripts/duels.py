@@ -64,7 +64,9 @@ def hardware(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.*)$", info.read_text("utf-8"), re.MULTILINE) if info.exists() else []
-    return f"{names[0].strip() if names else platform.machine()}, {torch.get_num_threads()} threads"
+    name = names[0].strip() if names else platform.machine()
+    instructions = torch.backends.cpu.get_cpu_capability() + " with bf16" * parallel.cpu_has_bf16()
+    return f"{name}, {torch.get_num_threads()} threads, {instructions}"
 
 
 @dataclasses.dataclass

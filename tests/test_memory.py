@@ -113,7 +113,8 @@ def test_the_peak_is_what_a_real_step_takes(case: str) -> None:
     config = small(**changes)
     told = memory.peak(config, dtype=dtype, rows=config.micro_rows, device_type="cpu")
     assert told.total == told.allocated == sum(told.parts.values())
-    assert told.total == pytest.approx(counted(config, dtype), rel=0.01)
+    emulated = dtype == torch.bfloat16 and not parallel.cpu_has_bf16()  # its products hold copies that no trace sees
+    assert told.total == pytest.approx(counted(config, dtype), rel=0.02 if emulated else 0.01)
     assert told.phase == (case.removesuffix("'s peak") if case.endswith("'s peak") else "forward")
 
 
@@ -252,3 +253,32 @@ def test_the_peak_on_a_gpu(recompute: str) -> None:
     torch.cuda.reset_peak_memory_stats()
     train.train_step(run, 1, batch)
     assert told.allocated == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("precision", "gib", "paths"),
+    [
+        (torch.float16, 14.6, ("ops.experts=padded", "ops.attention=efficient")),  # a T4, its paths forced
+        (torch.bfloat16, 11.6, ("ops.experts=triton", "ops.attention=sdpa")),  # an RTX 3060
+    ],
+    ids=["T4", "12 GB"],
+)
+def test_mini_fits_a_small_card(precision: torch.dtype, gib: float, paths: tuple[str, ...]) -> None:
+    """Two micro-batches of 8,192 tokens, MTP on, in as much memory as the card has."""
+    device = torch.device("cuda")
+    config = configuration.load("mini", ["train.batch_tokens=16384", "ops.loss=chunked", *paths])
+    told = memory.peak(config, dtype=precision, rows=config.micro_rows)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.get_device_properties(device).total_memory)
+    try:
+        run = run_for(config, precision, device, assumed=False)
+        for step in range(2):
+            metrics = train.train_step(run, step, batch_for(run))
+            assert metrics is not None and not metrics["skipped"]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    reserved = torch.cuda.max_memory_reserved()
+    assert reserved <= 10 * 2**30
+    assert told.total - memory.CONTEXT == pytest.approx(reserved, rel=0.1)

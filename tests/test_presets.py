@@ -18,7 +18,7 @@ PRESETS = ["quickstart", "30m", "100m", "mini", "1b", "2b", "5b", "10b", "16b", 
 # Derived by hand from the dimensions, apart from this code (formulas: DeepSeek-V3 report, section 2): total, MTP,
 # active, active with head, KV bytes per token, GFLOP per token without MTP; with the digits that were worked out.
 EXPECTED = {
-    "quickstart": ("5.10M", "1.33M", "1.83M", "2.87M", 1920, "0.0267"),
+    "quickstart": ("1.96M", "0.83M", "0.84M", "1.23M", 1280, "0.0137"),
     "30m": ("30.0M", "3.50M", "8.59M", "14.9M", 3840, "0.127"),
     "100m": ("107.4M", "8.10M", "22.9M", "48.6M", 5120, "0.342"),
     "mini": ("531.8M", "41.9M", "78.2M", "116.9M", 7680, "0.852"),

@@ -14,7 +14,7 @@ import train
 
 
 def trained(folder: Path, *overrides: str) -> float:
-    """Validation bits per byte after 40 of the quickstart's 115 steps."""
+    """Validation bits per byte after 40 of the quickstart's 120 steps."""
     arguments = ["--config", "quickstart", f"run.dir={folder}", "train.steps=40", "sample.every_steps=1000"]
     assert train.main([*arguments, *overrides]) == 0
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
