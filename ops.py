@@ -243,20 +243,22 @@ class WeightedSwiGLU(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
         gate_up_XG, weight_X1 = ctx.saved_tensors
         gate_XF, up_XF = gate_up_XG.chunk(2, dim=-1)
-        silu_XF = F.silu(gate_XF)
-        grad_XF = grads[0] if weight_X1 is None else grads[0] * weight_X1
+        silu_XF, grad_XF, grad_weight_X1 = F.silu(gate_XF), grads[0], None
+        if weight_X1 is not None:
+            out_XF = silu_XF * up_XF
+            if out_XF.dtype == torch.float16:  # small gradients would vanish in rounded terms
+                out_XF = out_XF.float()
+            grad_weight_X1 = (out_XF * grad_XF).sum(-1, keepdim=True).to(weight_X1.dtype)
+            del out_XF
+            grad_XF = grad_XF * weight_X1
         grad_gate_up_XG = torch.empty_like(gate_up_XG)
         grad_gate_XF, grad_up_XF = grad_gate_up_XG.chunk(2, dim=-1)
         torch.mul(grad_XF, silu_XF, out=grad_up_XF)
+        del silu_XF
         torch.ops.aten.silu_backward.grad_input(grad_XF * up_XF, gate_XF, grad_input=grad_gate_XF)
-        if weight_X1 is None:
-            return grad_gate_up_XG, None
-        out_XF = silu_XF.mul_(up_XF)
-        if out_XF.dtype == torch.float16:  # small gradients would vanish in rounded terms
-            out_XF = out_XF.float()
+        if weight_X1 is not None and gate_up_XG.dtype == torch.float16:
             grad_gate_up_XG.masked_fill_(weight_X1 == 0, 0)
-        grad_weight_X1 = (out_XF * grads[0]).sum(-1, keepdim=True)
-        return grad_gate_up_XG, grad_weight_X1.to(weight_X1.dtype)
+        return grad_gate_up_XG, grad_weight_X1
 
 
 def swiglu(x: Tensor, gate_FD: Tensor, up_FD: Tensor) -> Tensor:
