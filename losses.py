@@ -20,7 +20,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Computes gradients in the forward pass, so that the (N, W) logits never exist (as Liger does).
 
     A chunk of C rows meets the vocabulary in tiles of U words: first for the logits and their log-sum-exp, then, from
-    the logits that were kept, for the gradients.
+    what was kept of them (in fp32 their exponentials, else themselves), for the gradients.
     """
 
     @staticmethod
@@ -34,7 +34,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # One buffer for all chunks. Without gradients a tile's logits are needed once.
         kept = hidden_ND.new_empty(min(rows, len(hidden_ND)) * (len(head) if with_grad else width))
         exp = None  # in place: nobody needs the logits again
-        if len(words) > 1 or head.dtype != torch.float32:
+        if head.dtype != torch.float32:
             exp = hidden_ND.new_empty(min(rows, len(hidden_ND)) * width, dtype=torch.float32)
         for start in range(0, len(target_N), rows):
             part = slice(start, start + rows)
@@ -55,12 +55,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden_ND is None or grad_head_WD is None:
                 continue
             row_weight_C = (weight_N[part] * seen_C).float()
-            scale_C = row_weight_C * (largest[0] - log_z_C).exp() if len(tiles) == 1 else row_weight_C
             parts_CD: list[Tensor] = []
-            for tile in tiles:
-                if len(tiles) > 1:
-                    exp_CU = tile.logits_in(exp).sub_(log_z_C[:, None]).exp_()
-                exp_CU.mul_(scale_C[:, None])
+            for tile, largest_C in zip(tiles, largest, strict=True):
+                if exp is not None:  # the buffer holds the last tile's
+                    exp_CU = tile.logits_in(exp).sub_(largest_C[:, None]).exp_() if len(tiles) > 1 else exp_CU
+                else:
+                    exp_CU = tile.logits_CU
+                exp_CU.mul_((row_weight_C * (largest_C - log_z_C).exp())[:, None])
                 exp_CU.scatter_add_(1, tile.place_C1, -(row_weight_C * tile.inside_C)[:, None])
                 grad_CU = exp_CU.to(hidden_ND.dtype)
                 parts_CD.append(grad_CU @ head[tile.words])

@@ -59,7 +59,7 @@ FUSED = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-PLAIN_TOKENS = 1024  # on AVX512-bf16 faster than torch's fused CPU kernel up to here (LOG.md)
+PLAIN_TOKENS = 1024  # with AVX512 and bf16 faster than torch's fused CPU kernel up to here (LOG.md)
 
 
 def attention_paths(device: torch.device, dtype: torch.dtype, num_tokens: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -282,3 +283,26 @@ def test_mini_fits_a_small_card(precision: torch.dtype, gib: float, paths: tuple
     reserved = torch.cuda.max_memory_reserved()
     assert reserved <= 10 * 2**30
     assert told.total - memory.CONTEXT == pytest.approx(reserved, rel=0.1)
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_the_gpu_once() -> None:
+    """The finite check. From sm_80 on; before, the padded product asks for the busiest expert's tokens."""
+    device = torch.device("cuda")
+    if parallel.pick_precision("auto", device) != "bf16":
+        pytest.skip("needs sm_80")
+    run = run_for(small(), torch.bfloat16, device, assumed=False)
+    batch = batch_for(run)
+    batch = batch._replace(tokens=batch.tokens.pin_memory())
+    for step in range(2):  # what is made once (masks, optimizer state) is there after the first
+        train.train_step(run, step, batch)
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            train.train_step(run, 2, batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    assert len(waits) == 1, waits
