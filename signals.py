@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
+
+PATIENCE_SEC = 2.0  # what is waited for may be on its way, and is not to be torn off in the middle
 
 
 class Stopped(Exception):
@@ -17,7 +21,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._waiting = False
+        self._waiting = self._tired = False
 
     @property
     def requested(self) -> bool:
@@ -32,16 +36,32 @@ class StopFlag:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
+        if self._tired:  # our own signal
+            self._tired = False
+            if self._waiting:
+                raise Stopped
+            return
         if self.requested:
             os._exit(128 + number)
         self.signal = number
         os.write(2, b"\nstopping, with the last completed step saved; once more to stop at once, without saving\n")
-        if self._waiting:
-            raise Stopped
+        patience = threading.Timer(PATIENCE_SEC, self._lose_patience)
+        patience.daemon = True
+        patience.start()
+
+    def _lose_patience(self) -> None:
+        """In the timer's thread: signal the main thread, for only there an exception ends the wait."""
+        if not self._waiting or self.signal is None:
+            return
+        self._tired = True
+        if hasattr(signal, "pthread_kill"):
+            signal.pthread_kill(threading.main_thread().ident or 0, self.signal)
+        else:  # Windows; noticed when the wait's own timeout is over
+            _thread.interrupt_main(signal.Signals(self.signal))
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Within, a signal raises `Stopped`: for what may wait long and may be left at any point."""
+        """Within, a signal raises `Stopped`, soon after: for what may wait long."""
         self._waiting = True
         try:
             if self.requested:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+import signals
 from signals import StopFlag, Stopped
 
 
@@ -20,13 +22,29 @@ def test_a_signal_is_noted_and_the_handlers_come_back() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_wait_is_cut_short() -> None:
+def test_a_wait_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "PATIENCE_SEC", 0.2)
     with StopFlag() as stop:
+        start = time.monotonic()
         with pytest.raises(Stopped), stop.interrupting():
-            signal.raise_signal(signal.SIGINT)
-        assert stop.requested
+            _signalled_sleep(60)
+        assert stop.requested and 0.2 <= time.monotonic() - start < 30
         with pytest.raises(Stopped), stop.interrupting():  # nobody waits who was told to stop
             pytest.fail("went on waiting")
+
+
+def _signalled_sleep(seconds: float) -> None:
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(seconds)
+
+
+def test_what_comes_in_time_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "PATIENCE_SEC", 0.1)
+    with StopFlag() as stop:
+        with stop.interrupting():
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(0.3)  # nobody waits any more: nothing happens
+        assert stop.requested
 
 
 def test_a_second_signal_ends_the_process() -> None:

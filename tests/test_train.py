@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import checkpoint
 import config as configuration
 import generate
+import signals
 import train
 from resume import STATE_FILE
 
@@ -239,11 +240,13 @@ def test_a_signal_while_waiting_for_data(tiny, tmp_path: Path, capsys: pytest.Ca
     def silent(clock, loader):
         if len(metrics(tmp_path / "run")) == 3:
             signal.raise_signal(signal.SIGTERM)
+            time.sleep(60)
             pytest.fail("went on waiting")
         return real(clock, loader)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Clock, "wait_for", silent)
+        patch.setattr(signals, "PATIENCE_SEC", 0.2)
         assert tiny("run") == 128 + signal.SIGTERM
     assert newest(tmp_path / "run").name == "step_00000003"
 
