@@ -128,13 +128,21 @@ class ModelConfig(Section):
 
 
 class SourceConfig(Section):
-    """Where documents come from: a Hub dataset, or a local file, folder or glob."""
+    """Where documents come from: a Hub dataset, a local file, folder or glob, or a folder of token shards."""
 
-    path: str = Field(min_length=1, description="Hub dataset (owner/name), file, folder or glob: .parquet .jsonl .txt")
+    path: str = Field(
+        min_length=1,
+        description="Hub dataset (owner/name), folder of token shards, or file, folder or glob: "
+        ".parquet .jsonl .json .arrow .txt, .gz and .zst of them",
+    )
     name: str | None = Field(default=None, description="configuration (subset) of a Hub dataset")
     split: str = Field(default="train", description="split of a Hub dataset")
     revision: str | None = Field(default=None, description="commit, tag or branch of a Hub dataset")
     text_field: str = Field(default="text", description="column or key that holds the text")
+    weight: float | None = Field(
+        default=None, gt=0, description="share of the rows, relative to the other weights; null in all: as one source"
+    )
+    epochs: int | None = Field(default=None, ge=1, description="passes over the source, then it ends; null: no end")
 
 
 def _as_items(value: object) -> object:
@@ -142,36 +150,96 @@ def _as_items(value: object) -> object:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
+_SMOLLM = {"path": "HuggingFaceTB/smollm-corpus", "revision": "3ba9d605774198c5868892d7a8deda78031a781f"}
+_FINEWEB_EDU = {
+    "path": "HuggingFaceFW/fineweb-edu", "name": "sample-10BT", "revision": "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
+}  # fmt: skip
+_TINYSTORIES = {"path": "roneneldan/TinyStories", "revision": "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"}
+# Sources by name: `data.sources=tinystories`. Commits as others have published them; the Hub was not at hand.
+NAMED_SOURCES: dict[str, tuple[dict[str, object], ...]] = {
+    "fineweb-edu": ({**_FINEWEB_EDU},),
+    "tinystories": ({**_TINYSTORIES},),
+    "smollm-corpus": (  # 220 and 28 billion tokens: in proportion
+        {**_SMOLLM, "name": "fineweb-edu-dedup", "weight": 0.887},
+        {**_SMOLLM, "name": "cosmopedia-v2", "weight": 0.113},
+    ),
+    "shakespeare": ({"path": "Trelis/tiny-shakespeare", "text_field": "Text"},),
+    "mixture": (
+        {**_FINEWEB_EDU, "weight": 0.7},
+        {**_SMOLLM, "name": "cosmopedia-v2", "weight": 0.2},
+        {**_TINYSTORIES, "weight": 0.1},
+    ),
+}
+
+
 def _as_sources(value: object) -> object:
-    """`data.sources=corpus.txt` and lists of paths mean sources with every other key at its default."""
+    """`data.sources=corpus.txt` and lists of paths mean sources with every other key at its default; `tinystories` and
+    the other names mean the sources listed above."""
     items = value if isinstance(value, list | tuple) else (value,)
-    return tuple({"path": item} if isinstance(item, str) else item for item in items)
+    found: list[object] = []
+    for item in items:
+        found += NAMED_SOURCES.get(item, ({"path": item},)) if isinstance(item, str) else (item,)
+    return tuple(found)
 
 
-FINEWEB_EDU = SourceConfig(
-    path="HuggingFaceFW/fineweb-edu", name="sample-10BT", revision="87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
-)
+Sources = Annotated[tuple[SourceConfig, ...], BeforeValidator(_as_sources)]
 
 
 class DataConfig(Section):
     """Where text comes from and how it becomes rows of tokens."""
 
-    sources: Annotated[tuple[SourceConfig, ...], BeforeValidator(_as_sources), Field(min_length=1)] = Field(
-        default=(FINEWEB_EDU,), description="where documents come from; a path, a list of paths, or a list of sources"
+    sources: Annotated[Sources, Field(min_length=1)] = Field(
+        default=(SourceConfig.model_validate(_FINEWEB_EDU),),
+        description="where documents come from; a path, a list of paths or of sources, or the name of a ready list: "
+        + ", ".join(NAMED_SOURCES),
+    )
+    fallback: Sources = Field(
+        default=(), description="sources for a new run whose data.sources cannot be reached; never taken on resume"
     )
     tokenizer: str = Field(
         default="openai-community/gpt2@607a30d783dfa663caf39e06633721c8d4cfcd7e",
         min_length=1,
-        description="folder, Hub name (owner/name[@revision]), or bpe: train a byte-level BPE on the sources",
+        description="folder, Hub name (owner/name[@revision]), or what is made from the sources: bpe (byte-level BPE), "
+        "chars, bytes",
     )
     seq_len: int = Field(default=2048, ge=2, description="tokens of a row")
     val_fraction: float = Field(
         default=0.01, ge=0, lt=0.5, description="share of documents held out for validation, by hash"
     )
     shuffle_window: int = Field(default=8, ge=1, description="row groups whose documents are shuffled together")
-    workers: int = Field(
-        default=1, ge=0, le=1, description="1: batches are prepared in a background process; 0: in this one"
+    packing: Literal["concat", "best_fit"] = Field(
+        default="concat",
+        description="concat: documents end to end, cut anywhere, nothing lost; best_fit: every row starts at a "
+        "document, the ends of long ones are dropped",
     )
+    document_mask: bool = Field(default=False, description="attention and positions do not cross documents")
+    cross_targets: bool = Field(
+        default=False, description="with best_fit: predict a document's first token from the document before it"
+    )
+    cache: str | None = Field(
+        default=None, min_length=1, description="folder for token shards written while streaming, read afterwards"
+    )
+    max_skipped: float = Field(
+        default=0.05, ge=0, le=1, description="share of unreadable documents above which the run stops"
+    )
+    workers: int = Field(
+        default=1,
+        ge=0,
+        le=64,
+        description="background processes that tokenise, under one more that packs if there are several; 0: none",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        for key, sources in (("data.sources", self.sources), ("data.fallback", self.fallback)):
+            weights = [source.weight for source in sources]
+            if None in weights and any(weights):
+                raise ValueError(f"{key}[{weights.index(None)}].weight = null: give every source a weight, or none")
+            if weights.count(None) > 1 and len({source.epochs for source in sources}) > 1:
+                raise ValueError(f"{key}: sources without weights are one source, and must have the same epochs")
+        if self.cross_targets and self.packing != "best_fit":
+            raise ValueError("data.cross_targets = true goes with data.packing = best_fit; concat crosses anyway")
+        return self
 
 
 Recompute = Literal["none", "selective", "full"]
@@ -366,9 +434,9 @@ class Config(Section):
                 f"model.num_hidden_layers = {model.num_hidden_layers} must be at most 61: transformers takes layer 61 "
                 "for the MTP layer of DeepSeek-V3 and would leave it out"
             )
-        if data.tokenizer == "bpe" and model.vocab_size < 257:
+        if data.tokenizer in ("bpe", "bytes") and model.vocab_size < 257:
             raise ValueError(
-                f"model.vocab_size = {model.vocab_size} must be at least 257 with data.tokenizer = bpe: "
+                f"model.vocab_size = {model.vocab_size} must be at least 257 with data.tokenizer = {data.tokenizer}: "
                 "the 256 bytes and the end of a text"
             )
         return self

@@ -7,16 +7,20 @@ import math
 import torch
 
 import losses
+import ops
 from data import Validation
 from model import DeepSeekV3
 from parallel import Mesh
 
 
 @torch.no_grad()
-def evaluate(model: DeepSeekV3, held_out: Validation, *, rows: int, mesh: Mesh) -> dict[str, float | None]:
+def evaluate(
+    model: DeepSeekV3, held_out: Validation, *, rows: int, mesh: Mesh, eos: int | None = None
+) -> dict[str, float | None]:
     """`val_loss`, nats per token, and `val_bpb`, bits per UTF-8 byte, both of the main head, EOS included.
 
-    `rows` at a time; every rank takes its share. Empty when there is nothing to evaluate.
+    `rows` at a time; every rank takes its share. Empty when there is nothing to evaluate. With `eos` documents are
+    isolated, as in training with data.document_mask.
     """
     start, end = mesh.share(len(held_out.tokens))
     one = torch.ones(1, device=mesh.device)
@@ -26,7 +30,8 @@ def evaluate(model: DeepSeekV3, held_out: Validation, *, rows: int, mesh: Mesh) 
         part = slice(start + batch * rows, min(start + (batch + 1) * rows, end))
         if part.start < part.stop:
             tokens, targets = held_out.tokens[part].to(mesh.device), held_out.targets[part].to(mesh.device)
-            hidden_BTD, _ = model.hidden(tokens)  # the main head alone
+            doc_ids, positions = ops.documents(tokens, eos) if eos is not None else (None, None)
+            hidden_BTD, _ = model.hidden(tokens, positions=positions, doc_ids=doc_ids)  # the main head alone
             target_1N = targets[:, : tokens.shape[1]].reshape(1, -1)
             _, nats_1, _ = losses.linear_cross_entropy(
                 hidden_BTD.flatten(0, 1), model.lm_head.weight, target_1N, one, path=model.paths.loss

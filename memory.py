@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import ops
 from config import Config, ModelConfig, OpsConfig, UserError
 from model import DeepSeekV3, LossWeights
 from optim import Optimizers, clip_gradients
@@ -78,7 +79,11 @@ def peak(config: Config, *, dtype: torch.dtype, rows: int, device_type: str = "c
         buckets = [torch.zeros_like(parameter) for parameter in parameters if turns > 1 and world_size > 1]
         ledger.begin("forward")
         tokens = torch.empty(rows, seq_len + 1 + depth, dtype=torch.int64, device=device_type)
-        out = model(tokens[:, :seq_len], tokens[:, 1:], loss_weights=LossWeights(1.0, (1.0,) * depth, 1.0))
+        doc_ids, positions = ops.documents(tokens, 0) if config.data.document_mask else (None, None)
+        out = model(
+            tokens[:, :seq_len], tokens[:, 1:], loss_weights=LossWeights(1.0, (1.0,) * depth, 1.0), doc_ids=doc_ids,
+            positions=None if positions is None else positions[:, :seq_len],
+        )  # fmt: skip
         ledger.phase = "backward"
         # Not `out.loss.backward()`: torch takes function modes off while it runs a function that they may override.
         torch.autograd.Variable._execution_engine.run_backward(
@@ -161,12 +166,24 @@ def _grouped_mm(x_SD: Tensor, weight_EDF: Tensor, *, offs: Tensor) -> Tensor:
     return x_SD @ weight_EDF[0]
 
 
-def _attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, is_causal: bool, scale: float) -> Tensor:
-    """All fused kernels keep inputs, output and a number per query."""
-    operation, debug = torch.ops.aten._scaled_dot_product_flash_attention, (False,)
+def _attention(
+    q_BHTK: Tensor,
+    k_BHSK: Tensor,
+    v_BHSV: Tensor,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+) -> Tensor:
+    """All fused kernels keep inputs, output, a number per query and the mask that they are given."""
+    aten, inputs = torch.ops.aten, (q_BHTK, k_BHSK, v_BHSV)
     if q_BHTK.device.type == "cpu":
-        operation, debug = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, ()
-    return operation(q_BHTK, k_BHSK, v_BHSV, 0.0, is_causal, *debug, scale=scale)[0]
+        operation = aten._scaled_dot_product_flash_attention_for_cpu
+        return operation(*inputs, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    if attn_mask is None:
+        return aten._scaled_dot_product_flash_attention(*inputs, 0.0, is_causal, False, scale=scale)[0]
+    mask_BHTS = attn_mask.expand(-1, q_BHTK.shape[1], -1, -1)
+    return aten._scaled_dot_product_efficient_attention(*inputs, mask_BHTS, True, scale=scale)[0]
 
 
 def _rms_norm(x_BTD: Tensor, shape: tuple[int, ...], weight_D: Tensor, eps: float) -> Tensor:

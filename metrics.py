@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from config import Config
-from data import Batch
+from data import Loader
 from model import DeepSeekV3, moe_layers
+from stream import Batch
 
 
-def step_metrics(sums: list[float], tokens: int, rows: int, mtp_weight: float, config: Config) -> dict[str, Any]:
-    """The parts of the loss, over all micro-batches and ranks: nats per token; the balance loss per sequence."""
+def step_metrics(
+    sums: list[float], num_targets: Sequence[int], rows: int, mtp_weight: float, config: Config
+) -> dict[str, Any]:
+    """The parts of the loss, over all micro-batches and ranks: nats per target; the balance loss per sequence.
+
+    Args:
+        num_targets: of the main head and each MTP head.
+    """
     depth = config.model.num_nextn_predict_layers
-    nats, correct, balance = sums[: 1 + depth], sums[1 + depth : 2 * (1 + depth)], sums[-1] / rows
-    metrics: dict[str, Any] = {"loss": nats[0] / tokens, "accuracy": correct[0] / tokens, "balance_loss": balance}
+    nats = [part / max(1, count) for part, count in zip(sums, num_targets, strict=False)]
+    correct = [part / max(1, count) for part, count in zip(sums[1 + depth :], num_targets, strict=False)]
+    balance = sums[-1] / rows
+    metrics: dict[str, Any] = {"loss": nats[0], "accuracy": correct[0], "balance_loss": balance}
     total = metrics["loss"] + config.model.aux_loss_alpha * balance
     if depth:
-        metrics["mtp_loss"] = sum(nats[1:]) / depth / tokens
-        metrics["mtp_accuracy"] = sum(correct[1:]) / depth / tokens
+        metrics["mtp_loss"] = sum(nats[1:]) / depth
+        metrics["mtp_accuracy"] = sum(correct[1:]) / depth
         total += mtp_weight * metrics["mtp_loss"]
     metrics["total_loss"] = total
     return {key: value if math.isfinite(value) else None for key, value in metrics.items()}
@@ -44,6 +53,23 @@ def expert_metrics(model: DeepSeekV3, counts_LE: Tensor) -> list[dict[str, Any]]
             "bias_max": round(float(moe.gate.e_score_correction_bias.max()), 6),
         })  # fmt: skip
     return layers
+
+
+def data_metrics(batch: Batch, loader: Loader) -> dict[str, Any]:
+    """The supply of data since this process began; of packed rows, the shares of positions used and tokens cropped."""
+    tally = batch.tally
+    metrics = {
+        "epoch": batch.epoch,
+        "cursor": batch.cursor.to_dict(),
+        "data_queue": loader.depth,
+        "data_retries": batch.retries,
+        "data_restarts": loader.restarts,
+        "skipped_documents": tally.skipped,
+    }
+    if tally.tokens:
+        metrics["packing_used"] = 1 - tally.padding / tally.positions
+        metrics["packing_cropped"] = tally.cropped / tally.tokens
+    return metrics
 
 
 class Clock:

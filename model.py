@@ -157,8 +157,9 @@ class MLA(nn.Module):
             self.scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
 
     def forward(
-        self, x_BTD: Tensor, rope_BTR: Tensor, positions_BT: Tensor | None = None, cache: LatentCache | None = None
-    ) -> Tensor:
+        self, x_BTD: Tensor, rope_BTR: Tensor, positions_BT: Tensor | None = None, cache: LatentCache | None = None,
+        mask_B1TT: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         cfg = self.config
         if cfg.q_lora_rank is None:
             q_BTHK = self.q_proj(x_BTD).unflatten(-1, (cfg.num_attention_heads, -1))
@@ -179,7 +180,7 @@ class MLA(nn.Module):
         k_rope_BHTR = k_rope_BTR.unsqueeze(1).expand(-1, cfg.num_attention_heads, -1, -1)
         q_BHTK = torch.cat((q_nope_BTHP.transpose(1, 2), q_rope_BTHR.transpose(1, 2)), -1)
         k_BHTK = torch.cat((k_nope_BHTP, k_rope_BHTR), -1)
-        out_BHTV = ops.attention(q_BHTK, k_BHTK, v_BHTV, scale=self.scale, path=self.path)
+        out_BHTV = ops.attention(q_BHTK, k_BHTK, v_BHTV, scale=self.scale, path=self.path, mask_B1TS=mask_B1TT)
         return self.o_proj(out_BHTV.transpose(1, 2).flatten(2))
 
     def _absorbed(self, q_nope_BTHP: Tensor, q_rope_BTHR: Tensor, positions_BT: Tensor, cache: LatentCache) -> Tensor:
@@ -323,15 +324,11 @@ class Block(nn.Module):
         )
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        rope_BTR: Tensor,
-        positions_BT: Tensor | None = None,
-        cache: LatentCache | None = None,
-        chosen: Chosen = None,
-    ) -> tuple[Tensor, Routing | None]:
+        self, x_BTD: Tensor, rope_BTR: Tensor, positions_BT: Tensor | None = None, cache: LatentCache | None = None,
+        mask_B1TT: Tensor | None = None, chosen: Chosen = None,
+    ) -> tuple[Tensor, Routing | None]:  # fmt: skip
         h_BTD = self.input_layernorm(x_BTD, self.dtype)
-        x_BTD = x_BTD + self.self_attn(h_BTD, rope_BTR, positions_BT, cache)
+        x_BTD = x_BTD + self.self_attn(h_BTD, rope_BTR, positions_BT, cache, mask_B1TT)
         h_BTD = self.post_attention_layernorm(x_BTD, self.dtype)
         if isinstance(self.mlp, DeepSeekMoE):
             y_BTD, routing = self.mlp(h_BTD, chosen)
@@ -373,18 +370,14 @@ class MTP(Block):
         self.shared_head = SharedHead(config)
 
     def forward(  # type: ignore[override]
-        self,
-        hidden_BTD: Tensor,
-        tokens_BT: Tensor,
-        positions_BT: Tensor | None = None,
-        cache: LatentCache | None = None,
-        chosen: Chosen = None,
-    ) -> tuple[Tensor, Routing | None]:
+        self, hidden_BTD: Tensor, tokens_BT: Tensor, positions_BT: Tensor | None = None,
+        cache: LatentCache | None = None, mask_B1TT: Tensor | None = None, chosen: Chosen = None,
+    ) -> tuple[Tensor, Routing | None]:  # fmt: skip
         """`tokens_BT[:, i]` is the token one past what `hidden_BTD[:, i]` has seen. Returns the normed state."""
         embedded_BTD = self.enorm(F.embedding(tokens_BT, self.shared[0].weight), self.dtype)
         x_BTD = self.eh_proj(torch.cat((embedded_BTD, self.hnorm(hidden_BTD, self.dtype)), -1)).float()
         rope_BTR = self.rotary(arange_positions(tokens_BT) if positions_BT is None else positions_BT)
-        x_BTD, routing = super().forward(x_BTD, rope_BTR, positions_BT, cache, chosen)
+        x_BTD, routing = super().forward(x_BTD, rope_BTR, positions_BT, cache, mask_B1TT, chosen)
         return self.shared_head.norm(x_BTD, self.dtype), routing
 
 
@@ -453,6 +446,7 @@ class DeepSeekV3(nn.Module):
         targets: Tensor | None = None,
         *,
         positions: Tensor | None = None,
+        doc_ids: Tensor | None = None,
         cache: LatentCache | None = None,
         loss_weights: LossWeights | None = None,
     ) -> Tensor | Output:
@@ -464,23 +458,36 @@ class DeepSeekV3(nn.Module):
                 predicts `targets[:, i+d+1]`; what lies past the end is ignored.
             positions: (B, T), default 0..T-1. cache: read and extended. loss_weights: default the mean of the main loss
                 plus the means of the MTP losses.
+            doc_ids: (B, T + depth), the document of each token and of those past the end: attention and MTP targets do
+                not leave it. `positions` are then counted in it (`ops.documents`). Not with a cache.
         """
-        hidden_BTD, routings = self.hidden(tokens_BT, positions=positions, cache=cache)
+        mask_B1TT = self._mask(tokens_BT, doc_ids)
+        hidden_BTD, routings = self._hidden(tokens_BT, positions, cache, mask_B1TT)
         if targets is None:
             return self.logits(hidden_BTD)
-        return self._losses(hidden_BTD, tokens_BT, targets, routings, loss_weights, positions)
+        return self._losses(hidden_BTD, tokens_BT, targets, routings, loss_weights, positions, doc_ids, mask_B1TT)
 
     def hidden(
-        self, tokens_BT: Tensor, *, positions: Tensor | None = None, cache: LatentCache | None = None
-    ) -> tuple[Tensor, list[Routing]]:
+        self, tokens_BT: Tensor, *, positions: Tensor | None = None, doc_ids: Tensor | None = None,
+        cache: LatentCache | None = None,
+    ) -> tuple[Tensor, list[Routing]]:  # fmt: skip
         """The normed final state, (B, T, D), that head and MTP read, and the routing of each MoE layer."""
+        return self._hidden(tokens_BT, positions, cache, self._mask(tokens_BT, doc_ids))
+
+    def _mask(self, tokens_BT: Tensor, doc_ids: Tensor | None) -> Tensor | None:
+        return None if doc_ids is None else ops.document_mask(doc_ids[:, : tokens_BT.shape[1]], self.dtype)
+
+    def _hidden(
+        self, tokens_BT: Tensor, positions: Tensor | None, cache: LatentCache | None, mask_B1TT: Tensor | None
+    ) -> tuple[Tensor, list[Routing]]:
+        assert mask_B1TT is None or cache is None
         if positions is None:
             positions = arange_positions(tokens_BT, cache.length if cache is not None else 0)
         rope_BTR = self.rotary(positions)
         x_BTD = self.model.embed_tokens(tokens_BT).float()
         routings: list[Routing] = []
         for layer in self.model.layers:
-            x_BTD, routing = self._run(layer, x_BTD, rope_BTR, positions, cache)
+            x_BTD, routing = self._run(layer, x_BTD, rope_BTR, positions, cache, mask_B1TT)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
@@ -508,23 +515,23 @@ class DeepSeekV3(nn.Module):
         return block.forward(*args)  # never compiled: lengths differ in sampling, and each would be compiled anew
 
     def _losses(
-        self,
-        hidden_BTD: Tensor,
-        tokens_BT: Tensor,
-        targets: Tensor,
-        routings: list[Routing],
-        weights: LossWeights | None,
-        positions_BT: Tensor | None,
-    ) -> Output:
-        num_tokens = tokens_BT.shape[1]
-        targets = F.pad(targets, (0, max(0, num_tokens + len(self.mtp) - targets.shape[1])), value=losses.IGNORE)
+        self, hidden_BTD: Tensor, tokens_BT: Tensor, targets: Tensor, routings: list[Routing],
+        weights: LossWeights | None, positions_BT: Tensor | None, doc_ids: Tensor | None, mask_B1TT: Tensor | None,
+    ) -> Output:  # fmt: skip
+        num_tokens, num_seen = tokens_BT.shape[1], tokens_BT.shape[1] + len(self.mtp)
+        targets = F.pad(targets, (0, max(0, num_seen - targets.shape[1])), value=losses.IGNORE)
+        if doc_ids is not None:
+            doc_ids = F.pad(doc_ids, (0, max(0, num_seen - doc_ids.shape[1])), value=-1)
         states, wanted = [hidden_BTD], [targets[:, :num_tokens]]
         for depth, mtp in enumerate(self.mtp):
             seen_BT = targets[:, depth : depth + num_tokens]
-            state_BTD, routing = self._run(mtp, states[-1], seen_BT.clamp(min=0), positions_BT)
+            state_BTD, routing = self._run(mtp, states[-1], seen_BT.clamp(min=0), positions_BT, None, mask_B1TT)
             states.append(state_BTD)
-            # A position whose own input token is missing predicts nothing either.
-            wanted.append(targets[:, depth + 1 : depth + 1 + num_tokens].masked_fill(seen_BT < 0, losses.IGNORE))
+            # A position whose own input token is missing, or of another document, predicts nothing either.
+            lacking_BT = seen_BT < 0
+            if doc_ids is not None:
+                lacking_BT |= doc_ids[:, depth + 1 : depth + 1 + num_tokens] != doc_ids[:, :num_tokens]
+            wanted.append(targets[:, depth + 1 : depth + 1 + num_tokens].masked_fill(lacking_BT, losses.IGNORE))
             if routing is not None:
                 routings = [*routings, routing]
         target_XN = torch.stack(wanted).flatten(1)

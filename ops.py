@@ -7,6 +7,7 @@ attention and of slots in the experts, `M` = N*A routed (token, expert) pairs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -76,7 +77,42 @@ def attention_paths(device: torch.device, dtype: torch.dtype, num_tokens: int) -
     return ["sdpa", "flash", "efficient"] if capability >= (8, 0) else ["efficient"]
 
 
-def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, scale: float, path: str = "auto") -> Tensor:
+def documents(tokens_BX: Tensor, eos: int) -> tuple[Tensor, Tensor]:
+    """The number of each token's document in its row, and its position in that document.
+
+    An `eos` starts a document: the one before it has it as its last target, not as an input.
+    """
+    starts_BX = tokens_BX == eos
+    index_X = torch.arange(tokens_BX.shape[1], device=tokens_BX.device)
+    first_BX = torch.where(starts_BX, index_X, 0).cummax(1).values
+    return starts_BX.cumsum(1), index_X - first_BX
+
+
+# fp16's lowest: leaves exactly nothing beside a query's score for itself. Not -inf, with which cuDNN has had trouble
+# (torch's convert_boolean_attn_mask_cudnn).
+UNSEEN = -65504.0
+
+
+def document_mask(doc_ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 1, T, T), what to add to scores: 0 where query t may see key s, not after it and of its document, or UNSEEN.
+
+    B * T * T numbers in the queries' dtype, which all layers share; of booleans torch would make and keep a copy in
+    every layer.
+    """
+    seen_BTT = (doc_ids_BT[:, :, None] == doc_ids_BT[:, None, :]).tril_()
+    added_BTT = torch.full(seen_BTT.shape, UNSEEN, dtype=dtype, device=seen_BTT.device)
+    return added_BTT.masked_fill_(seen_BTT, 0)[:, None]
+
+
+def attention(
+    q_BHTK: Tensor,
+    k_BHSK: Tensor,
+    v_BHSV: Tensor,
+    *,
+    scale: float,
+    path: str = "auto",
+    mask_B1TS: Tensor | None = None,
+) -> Tensor:
     """Causal softmax attention, (B, H, T, V).
 
     Fused kernels want equal query, key and value widths; where they differ, the narrower side is padded with zeros,
@@ -84,32 +120,39 @@ def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, scale: float, p
 
     Args:
         path: "plain" (all scores in memory), "sdpa" (torch's fused attention), one of `FUSED` to insist on, or "auto".
+        mask_B1TS: added to the scores in place of the causal mask (`document_mask`). The flash kernel takes none, and
+            gives way to "efficient".
     """
     if path == "auto":
         path = attention_paths(q_BHTK.device, q_BHTK.dtype, q_BHTK.shape[2])[0]
     if path == "plain":
-        return attention_plain(q_BHTK, k_BHSK, v_BHSV, scale=scale)
+        return attention_plain(q_BHTK, k_BHSK, v_BHSV, scale=scale, mask_B1TS=mask_B1TS)
+    if path == "flash" and mask_B1TS is not None:
+        path = "efficient"
     key_width, value_width = k_BHSK.shape[-1], v_BHSV.shape[-1]
     width = max(key_width, value_width)
     if key_width < width:
         q_BHTK, k_BHSK = F.pad(q_BHTK, (0, width - key_width)), F.pad(k_BHSK, (0, width - key_width))
     if value_width < width:
         v_BHSV = F.pad(v_BHSV, (0, width - value_width))
-    if path == "sdpa":
-        out_BHTV = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, is_causal=True, scale=scale)
-    else:
-        with sdpa_kernel(FUSED[path]):
-            out_BHTV = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, is_causal=True, scale=scale)
+    seen: dict[str, Any] = {"is_causal": True} if mask_B1TS is None else {"attn_mask": mask_B1TS}
+    with contextlib.nullcontext() if path == "sdpa" else sdpa_kernel(FUSED[path]):
+        out_BHTV = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, scale=scale, **seen)
     return out_BHTV[..., :value_width]
 
 
-def attention_plain(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, scale: float) -> Tensor:
+def attention_plain(
+    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, *, scale: float, mask_B1TS: Tensor | None = None
+) -> Tensor:
     """What `attention` computes, with all scores in memory, in the input's dtype; softmax's arithmetic is fp32."""
     (batch, heads, num_queries, _), num_keys = q_BHTK.shape, k_BHSK.shape[2]
-    hidden_TS = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_BHTK.device).triu(1)
-    mask_TS = q_BHTK.new_zeros(num_queries, num_keys).masked_fill_(hidden_TS, float("-inf"))
+    if mask_B1TS is None:
+        hidden_TS = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_BHTK.device).triu(1)
+        mask_B1TS = q_BHTK.new_zeros(num_queries, num_keys).masked_fill_(hidden_TS, float("-inf"))[None, None]
     q_XTK, k_XSK, v_XSV = q_BHTK.flatten(0, 1), k_BHSK.flatten(0, 1), v_BHSV.flatten(0, 1)
-    scores_XTS = torch.baddbmm(mask_TS.expand(batch * heads, -1, -1), q_XTK, k_XSK.mT, alpha=scale)
+    # A view for the causal mask; documents' is copied for every head, which here costs less than adding it afterwards.
+    mask_BHTS = mask_B1TS.expand(batch, heads, -1, -1)
+    scores_XTS = torch.baddbmm(mask_BHTS.flatten(0, 1), q_XTK, k_XSK.mT, alpha=scale)
     out_XTV = scores_XTS.softmax(-1) @ v_XSV
     return out_XTV.unflatten(0, (batch, heads))
 

@@ -174,7 +174,10 @@ def _attention_run(config: Config, rows: int, device: torch.device, dtype: torch
     shape, scale = (rows, cfg.num_attention_heads, config.data.seq_len), cfg.qk_head_dim**-0.5
     widths = (cfg.qk_head_dim, cfg.qk_head_dim, cfg.v_head_dim)
     q, k, v = (_leaf((*shape, width), seed, device, dtype) for seed, width in enumerate(widths))
-    return lambda path: _gradients(ops.attention(q, k, v, scale=scale, path=path), [q, k, v])
+    mask = None
+    if config.data.document_mask:  # what it hides changes no timing
+        mask = ops.document_mask(torch.zeros(rows, config.data.seq_len, dtype=torch.int64, device=device), dtype)
+    return lambda path: _gradients(ops.attention(q, k, v, scale=scale, path=path, mask_B1TS=mask), [q, k, v])
 
 
 def _loss_run(config: Config, rows: int, device: torch.device, dtype: torch.dtype) -> Run:

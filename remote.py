@@ -6,18 +6,27 @@ no network; `hub_commit` asks once and comes first.
 
 from __future__ import annotations
 
-import functools
+import io
 import random
+import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from config import SourceConfig, UserError
 
 PREFIX = "hf://"
 TIMEOUT_SEC = 10
 RETRY_SEC = 600.0  # how long a read is tried again before the run stops
+LONGEST_WAIT_SEC = 60.0
 _T = TypeVar("_T")
+
+retries = 0  # reads of this process that had to be tried again
+
+
+def beat() -> None:
+    """Called wherever this process shows that it is alive; the feeding process puts its heartbeat here."""
 
 
 class Unreachable(UserError):
@@ -63,7 +72,9 @@ def dataset_files(source: SourceConfig, commit: str, *, instead: str) -> list[tu
         builder = datasets.load_dataset_builder(source.path, source.name, revision=commit)
     except ValueError as error:  # unknown or missing configuration: the message lists those that exist
         raise UserError(f"{where}, name {source.name!r}: {one_line(error)[:600]}") from None
-    except Exception as error:  # noqa: BLE001  # no data files, a gated file, a Hub that stopped answering
+    except _failures() as error:
+        raise Unreachable(f"{where}: {one_line(error)}; {instead}") from None
+    except Exception as error:  # noqa: BLE001  # no data files, a gated file
         raise UserError(f"{where}: {one_line(error)}; {instead}") from None
     splits = builder.config.data_files or {}
     if source.split not in splits:
@@ -79,34 +90,136 @@ def dataset_files(source: SourceConfig, commit: str, *, instead: str) -> list[tu
     return [(prefix + path, sizes[path]) for path in paths]
 
 
-@functools.cache
-def _filesystem() -> Any:
-    from huggingface_hub import HfFileSystem
+def arrow_files(source: SourceConfig, commit: str, *, instead: str) -> list[str]:
+    """The Arrow files that `datasets` makes of a split which is neither Parquet nor text that can be sought."""
+    import datasets
 
-    return HfFileSystem()
+    datasets.disable_progress_bars()
+    try:
+        split: Any = datasets.load_dataset(source.path, source.name, split=source.split, revision=commit)
+    except _failures() as error:
+        raise Unreachable(f"data.sources: Hub dataset {source.path!r}: {one_line(error)}; {instead}") from None
+    except Exception as error:  # noqa: BLE001  # files it cannot read
+        told = one_line(error.__cause__ or error)[:600]  # datasets says only that something happened
+        raise UserError(f"data.sources: Hub dataset {source.path!r}: {told}; {instead}") from None
+    return [file["filename"] for file in split.cache_files]
 
 
-def open_file(name: str, size: int) -> Any:
-    """A readable, seekable file. pyarrow asks for whole column chunks: a request is exactly what it needs, no more."""
-    return _filesystem().open(name.removeprefix(PREFIX), "rb", size=size, cache_type="none")
+_locations: dict[str, str] = {}
+
+
+def _location(name: str) -> str:
+    """Where the bytes of a file lie: one question per file and process, as the Hub counts these."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    if name in _locations:
+        return _locations[name]
+    _, owner, repo, path = name.removeprefix(PREFIX).split("/", 3)
+    repo, commit = repo.split("@")
+    url = hf_hub_url(f"{owner}/{repo}", path, repo_type="dataset", revision=commit)
+    place = _locations[name] = get_hf_file_metadata(url, timeout=TIMEOUT_SEC).location
+    return place
+
+
+class HubFile(io.RawIOBase):
+    """A file on the Hub, read by ranges: pyarrow asks for whole column chunks, so no more is fetched than it needs."""
+
+    def __init__(self, name: str, size: int):
+        super().__init__()
+        self.name, self.size_bytes, self.position = name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size_bytes}[whence]
+        return self.position
+
+    def read(self, size: int = -1) -> bytes:
+        end = self.size_bytes if size < 0 else min(self.size_bytes, self.position + size)
+        data = self._fetch(self.position, end) if end > self.position else b""
+        self.position += len(data)
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _fetch(self, start: int, end: int) -> bytes:
+        from huggingface_hub import constants, get_session
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+        place = _location(self.name)
+        # A signed address needs no token, and another host must not see it.
+        ours = urlsplit(place).netloc == urlsplit(constants.ENDPOINT).netloc
+        headers = {**(build_hf_headers() if ours else {}), "Range": f"bytes={start}-{end - 1}"}
+        response = get_session().get(place, headers=headers, timeout=TIMEOUT_SEC)
+        if response.status_code in (401, 403, 404, 410):  # a signed address does not last: the next try asks again
+            _locations.pop(self.name, None)
+            raise OSError(f"status {response.status_code} for {self.name}")
+        hf_raise_for_status(response)
+        if len(response.content) != end - start:
+            raise OSError(f"{len(response.content)} bytes of {self.name} in place of {end - start}")
+        return response.content
 
 
 def retry(read: Callable[[], _T], what: str, seconds: float = RETRY_SEC) -> _T:
-    """Call `read` until it succeeds, waiting longer each time, while the failure may pass and `seconds` last."""
+    """Call `read` until it succeeds, waiting longer each time, while the failure may pass and `seconds` last.
+
+    What the server asks for (Retry-After; RateLimit's t=, as the Hub sends it) is waited for.
+    """
+    global retries
     started, wait = time.monotonic(), 1.0
     while True:
+        beat()
         try:
             return read()
         except _failures() as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
+            response = _response(error)
+            status = getattr(response, "status_code", None)
             barred = status is not None and 400 <= status < 500 and status not in (408, 429)
-            if barred or time.monotonic() - started + wait > seconds:
-                raise UserError(
+            asked = _asked_wait(getattr(response, "headers", {}))
+            # Jitter: the ranks of a run should not ask in step.
+            pause = max(wait * random.uniform(0.5, 1.0), asked and asked + random.uniform(0, 1))
+            if barred or time.monotonic() - started + pause > seconds:
+                raise Unreachable(
                     f"data.sources: {what} could not be read from the Hub ({one_line(error)}); "
                     "started again, the run goes on from its last checkpoint"
                 ) from None
-        time.sleep(wait * random.uniform(0.5, 1.0))  # jitter: the ranks of a run should not ask in step
-        wait = min(2 * wait, 60.0)
+        retries += 1
+        _sleep(pause)
+        wait = min(2 * wait, LONGEST_WAIT_SEC)
+
+
+def _response(error: BaseException | None) -> Any:
+    """The answer behind a failure: huggingface_hub tells a 429 as a file that is not there, caused by it."""
+    while error is not None:
+        if getattr(error, "response", None) is not None:
+            return error.response  # type: ignore[attr-defined]
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _asked_wait(headers: Any) -> float:
+    """Seconds that an answer asks to wait, 0 if it does not say."""
+    found = re.search(r"\bt=(\d+)", headers.get("ratelimit", "")) or re.fullmatch(
+        r"\s*(\d+)\s*", headers.get("retry-after", "")
+    )
+    return float(found[1]) if found else 0.0
+
+
+def _sleep(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        beat()
+        time.sleep(min(left, 5.0))
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -23,7 +23,7 @@ from model import DeepSeekV3
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SCHEMA = 1
+SCHEMA = 2
 MAY_DIFFER = {  # from the model of train.init_from: what no tensor's shape or meaning depends on, and context extension
     "num_nextn_predict_layers", "initializer_range", "aux_loss_alpha", "max_position_embeddings", "rope_scaling",
 }  # fmt: skip
@@ -35,8 +35,8 @@ RUN_FILES = {
 # What may change on resume: it decides how long, how visibly and how comfortably a run goes on, not what it learns.
 FREE_SECTIONS = ("run", "ops", "log", "eval", "sample", "checkpoint")
 FREE_KEYS = {
-    "data.workers", "train.steps", "train.tokens_per_active_param", "train.micro_batch", "train.recompute",
-    "train.compile", "train.init_from",
+    "data.workers", "data.cache", "data.max_skipped", "train.steps", "train.tokens_per_active_param",
+    "train.micro_batch", "train.recompute", "train.compile", "train.init_from",
 }  # fmt: skip
 
 
@@ -53,10 +53,21 @@ class TrainState:
     step: int = 0
     tokens: int = 0
     skipped_steps: int = 0
-    cursor: dict[str, int] = field(default_factory=dict)
+    cursor: dict[str, Any] = field(default_factory=dict)
+    exhausted: bool = False  # every source had come to its last epoch's end
+    fallback: bool = False  # trained on data.fallback
     loss_scale: dict[str, Any] = field(default_factory=dict)
     ops: dict[str, str] = field(default_factory=dict)  # the paths taken, see probe.py
     origin: str = ""  # SHA-256 of the manifest of the checkpoint that --resume PATH branched off from
+
+    def ended(self, config: Config, steps: int) -> bool:
+        """Whether there is nothing left to do: no step is asked for, or no document is left and no epoch was added."""
+        added = self._of_sources(self.config, "epochs") != self._of_sources(learned(config), "epochs")
+        return self.step >= steps or (self.exhausted and not added)
+
+    def _of_sources(self, config: dict[str, Any], key: str) -> list[Any]:
+        """A key of each source trained on, as a checkpoint's or the present configuration has it."""
+        return [source.get(key) for source in config["data"]["fallback" if self.fallback else "sources"]]
 
     def to_json(self) -> bytes:
         return (json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, sort_keys=True) + "\n").encode()
@@ -84,7 +95,7 @@ def learned(config: Config) -> dict[str, Any]:
         section, name = key.split(".")
         del values[section][name]
     values["data"]["tokenizer"] = _unplaced(values["data"]["tokenizer"])
-    for source in values["data"]["sources"]:
+    for source in (*values["data"]["sources"], *values["data"]["fallback"]):
         source["path"] = _unplaced(source["path"])
     return values
 
@@ -186,6 +197,9 @@ def check_content(saved: TrainState, config: Config, *, sources: str, tokenizer:
         if old == new:
             raise UserError("data.sources: the documents are not those the checkpoint was trained on; " + _REMEDY)
         raise _mismatch("data.sources", old, new)
+    weights, wanted = (saved._of_sources(values, "weight") for values in (saved.config, learned(config)))
+    if weights != wanted:
+        raise _mismatch("the weights of data.sources", weights, wanted)
     if saved.tokenizer != tokenizer:
         raise UserError(f"data.tokenizer: {config.data.tokenizer!r} is not the checkpoint's tokenizer; " + _REMEDY)
 

@@ -1,93 +1,80 @@
-"""Where documents come from: local .txt, .jsonl and .parquet, or a Hub dataset, listed as units that can be sought.
+"""Where documents come from: local files, Hub datasets, token shards, listed as units that can be sought.
 
-`resolve` looks at every source once and returns a `Manifest`: small and plain. A `Unit` is what is read at a time, a
-Parquet row group or a range of bytes of a text file; `read_unit` returns its documents in order. Ranges are nominal,
-the reader moves both ends on to the next cut, so that no text is parsed to be listed.
+`resolve` looks at every source once and returns a `Manifest`: small and plain. What cannot be sought (compressed text,
+JSON arrays) is first turned into what can, in a cache.
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
 import glob
+import gzip
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any
 
 import remote
+import shards
 from config import SourceConfig, UserError
+from documents import Manifest, Stream, Unit, byte_ranges, record_batches, row_groups
 
 ROOT = Path(__file__).resolve().parent
-SUFFIXES = (".parquet", ".jsonl", ".txt")
-UNIT_BYTES = 8 << 20
-BLOCK_DOCUMENT_BYTES = 8 << 10  # a lone .txt is cut at blank lines into documents of about this size
+COMPRESSIONS = (".gz", ".zst")
+SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".txt")  # the last three also compressed
+SPARE_BYTES = 1 << 30  # of a disk, left free when text is unpacked to it
+MOST_JSON_BYTES = 2 << 30  # of an array, which is parsed as a whole
 HASH_WHOLE_BYTES = 64 << 20  # a larger local file is fingerprinted by its size, first and last MiB
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_ALLOWED = "".join(f"{suffix} " for suffix in SUFFIXES) + "(text and JSON also with .gz or .zst)"
 _INSTEAD = "data.sources=FILE trains on a local file, --config quickstart on the text in this repository"
 
 
-@dataclass(frozen=True)
-class Unit:
-    """What is read at a time.
+def resolve(sources: Sequence[SourceConfig], cache: str | None = None) -> Manifest:
+    """List the units of `sources`. Raises UserError for what is missing, unreachable, empty or of an unknown kind.
 
-    `parquet`: row group `start` of `path`. `jsonl`, `blocks`: bytes [start, stop), both moved on to the next line end
-    or blank line. `file`: all of a .txt as one document. `size` is that of the file, in bytes.
+    Args:
+        cache: folder for what compressed files and JSON arrays hold; None: beside Hugging Face's caches.
     """
-
-    kind: Literal["parquet", "jsonl", "blocks", "file"]
-    path: str
-    start: int
-    stop: int
-    size: int
-    text_field: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """All units of all sources in a fixed order; `fingerprint` (hex) knows names and contents, not folders."""
-
-    units: tuple[Unit, ...]
-    fingerprint: str
-
-
-class Documents(NamedTuple):
-    texts: list[str]  # neither empty nor blank
-    skipped: int  # unreadable ones: no JSON object, no text in the field, no valid UTF-8
-
-
-def resolve(sources: Sequence[SourceConfig]) -> Manifest:
-    """List the units of `sources`. Raises UserError for what is missing, unreachable, empty or of an unknown kind."""
-    units: list[Unit] = []
-    digest = hashlib.sha256()
+    found: list[Stream] = []
+    identities: list[str] = []
     for source in sources:
         try:
-            files = _local_files(source.path)
-            found, identity = _resolve_hub(source) if files is None else _resolve_local(source, files)
+            streams, known = _resolve(source, cache)
         except OSError as error:  # what may not be read, a name that is too long
             if error.filename is None:
                 raise
             raise UserError(f"data.sources: {error.filename}: {error.strerror}") from None
-        if not found:
+        if not any(stream.units for stream in streams):
             raise UserError(f"data.sources: {source.path!r} holds no documents")
-        units += found
-        digest.update(json.dumps([source.text_field, identity]).encode())
-    return Manifest(tuple(units), digest.hexdigest())
+        if len(streams) > 1 and (len(sources) > 1 or source.weight is not None or source.epochs is not None):
+            raise UserError(
+                f"data.sources: the shards in {source.path!r} are of several sources with weights of their own; "
+                "they go with no other source, weight or epochs"
+            )
+        found += streams
+        identities += known
+    if sources[0].weight is None and len(found) == len(sources):
+        names, units = tuple(source.path for source in sources), tuple(u for stream in found for u in stream.units)
+        found = [Stream(names, units, 1.0, sources[0].epochs)]
+    return Manifest(tuple(found), tuple(identities))
 
 
-def read_unit(unit: Unit) -> Documents:
-    """The documents of a unit, in order. Reads from the Hub are tried again for `remote.RETRY_SEC`."""
-    if unit.path.startswith(remote.PREFIX):
-        return remote.retry(lambda: _read(unit), unit.path)
-    try:
-        return _read(unit)
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise UserError(f"data.sources: {unit.path} cannot be read: {error}") from None
+def _resolve(source: SourceConfig, cache: str | None) -> tuple[list[Stream], list[str]]:
+    """The streams of a source, more than one only in a folder of shards, and what identifies its documents."""
+    folder = Path(source.path).expanduser()
+    if (folder / shards.INDEX).is_file():
+        return shards.resolve_folder(folder, source)
+    files = _local_files(source.path)
+    units, identity = _resolve_hub(source) if files is None else _resolve_local(source, files, cache)
+    stream = Stream((source.path,), tuple(units), source.weight or 1.0, source.epochs)
+    return [stream], [json.dumps([source.text_field, identity])]
 
 
 # ---- local files
@@ -101,22 +88,30 @@ def _local_files(path: str) -> list[Path] | None:
     path = os.path.expanduser(path)
     for place in (Path(path), ROOT / path):
         place = Path(os.path.abspath(place))  # keeps links: in the Hub's cache only the link has a suffix
-        if place.is_file() and place.suffix not in SUFFIXES:
-            raise UserError(f"data.sources: {path!r}: expected one of {' '.join(SUFFIXES)}")
+        if place.is_file() and _suffix(place) not in SUFFIXES:
+            raise UserError(f"data.sources: {path!r}: expected one of {_ALLOWED}")
         if place.is_dir():
             files = [file for file in place.rglob("*") if not _hidden(file.relative_to(place))]
         else:
             files = [place] if place.is_file() else [Path(name) for name in glob.glob(str(place), recursive=True)]
-        files = [file for file in files if file.suffix in SUFFIXES and file.is_file()]
+        files = [file for file in files if _suffix(file) in SUFFIXES and file.is_file()]
         if files:
             return sorted(files, key=lambda file: file.as_posix())
         if place.is_dir():
-            raise UserError(f"data.sources: folder {path!r} holds no {' '.join(SUFFIXES)} file")
+            raise UserError(f"data.sources: folder {path!r} holds no file of {_ALLOWED}")
     near = _near_path(path)
-    if near is None and _HUB_NAME.fullmatch(path) and not path.endswith(SUFFIXES):
+    if near is None and _HUB_NAME.fullmatch(path) and not path.endswith(SUFFIXES + COMPRESSIONS):
         return None
     hint = f"; did you mean {near!r}?" if near else "; a Hub dataset is named owner/name"
     raise UserError(f"data.sources: {path!r}: no such file, folder or glob match{hint}")
+
+
+def _suffix(file: Path) -> str:
+    """What a file holds; of a compressed one, what is inside."""
+    if file.suffix not in COMPRESSIONS:
+        return file.suffix
+    inner = Path(file.stem).suffix
+    return inner if inner in (".jsonl", ".json", ".txt") else file.suffix
 
 
 def _hidden(file: Path) -> bool:
@@ -133,38 +128,47 @@ def _near_path(path: str) -> str | None:
     return None
 
 
-def _resolve_local(source: SourceConfig, files: list[Path]) -> tuple[list[Unit], list[Any]]:
-    lone_txt = sum(file.suffix == ".txt" for file in files) == 1
+def _resolve_local(source: SourceConfig, files: list[Path], cache: str | None) -> tuple[list[Unit], list[Any]]:
+    lone_txt = sum(_suffix(file) == ".txt" for file in files) == 1
     top = os.path.commonpath([file.parent for file in files])
     units: list[Unit] = []
     identity: list[Any] = []
     for file in files:
         size = file.stat().st_size
-        identity.append([file.relative_to(top).as_posix(), size, _digest(file, size)])
-        if file.suffix == ".parquet":
-            units += _row_groups(str(file), size, source.text_field)
-        elif file.suffix == ".jsonl":
-            _check_jsonl(file, source.text_field)
-            units += _ranges("jsonl", str(file), size, source.text_field)
+        digest = _digest(file, size)
+        identity.append([file.relative_to(top).as_posix(), size, digest])
+        suffix = _suffix(file)
+        if suffix == ".parquet":
+            units += row_groups(str(file), size, source.text_field)
+        elif suffix == ".arrow":
+            units += record_batches(str(file), size, source.text_field)
         else:
-            _check_utf8(file)
-            if lone_txt:
-                units += _ranges("blocks", str(file), size, "")
-            elif size:
-                units.append(Unit("file", str(file), 0, size, size, ""))
+            plain = plain_text(file, suffix, f"{digest}-{size}", cache)
+            units += _text_units(plain, suffix, source.text_field, str(file) if plain != file else "", lone_txt)
     return units, identity
 
 
-def _check_utf8(file: Path) -> None:
+def _text_units(plain: Path, suffix: str, text_field: str, name: str, lone_txt: bool) -> list[Unit]:
+    size = plain.stat().st_size
+    if suffix != ".txt":
+        _check_jsonl(plain, text_field, name or str(plain))
+        return byte_ranges("jsonl", str(plain), size, text_field, name)
+    _check_utf8(plain, name or str(plain))
+    if lone_txt:
+        return byte_ranges("blocks", str(plain), size, "", name)
+    return [Unit("file", str(plain), 0, size, size, "", name)] if size else []
+
+
+def _check_utf8(file: Path, name: str) -> None:
     """Refuse what is no UTF-8 text by its first MiB; a bad byte here and there is replaced."""
     with file.open("rb") as stream:
         start = stream.read(1 << 20)
     bad = start.decode("utf-8", errors="replace").count("\ufffd") + start.count(0)  # UTF-16 is half NULs
     if bad > 1 + len(start) / 1000:
-        raise UserError(f"data.sources: {file}: no UTF-8 text ({bad} bad places in its first MiB); convert it first")
+        raise UserError(f"data.sources: {name}: no UTF-8 text ({bad} bad places in its first MiB); convert it first")
 
 
-def _check_jsonl(file: Path, text_field: str) -> None:
+def _check_jsonl(file: Path, text_field: str, name: str) -> None:
     """Refuse a file whose first line tells that no line will do; a line that is no JSON at all may be one bad line."""
     with file.open("rb") as stream:
         line = stream.readline()
@@ -173,9 +177,9 @@ def _check_jsonl(file: Path, text_field: str) -> None:
     except (ValueError, RecursionError):
         return
     if not isinstance(first, dict):
-        raise UserError(f"data.sources: {file}: expected one JSON object a line, found a {type(first).__name__}")
+        raise UserError(f"data.sources: {name}: expected one JSON object a line, found a {type(first).__name__}")
     if text_field not in first:
-        raise UserError(f"data.sources: {file} has no key {text_field!r} (text_field); its keys: {', '.join(first)}")
+        raise UserError(f"data.sources: {name} has no key {text_field!r} (text_field); its keys: {', '.join(first)}")
 
 
 def _digest(file: Path, size: int) -> str:
@@ -191,9 +195,105 @@ def _digest(file: Path, size: int) -> str:
     return digest.hexdigest()
 
 
-def _ranges(kind: Literal["jsonl", "blocks"], path: str, size: int, text_field: str) -> list[Unit]:
-    starts = range(0, size, UNIT_BYTES)
-    return [Unit(kind, path, start, min(start + UNIT_BYTES, size), size, text_field) for start in starts]
+# ---- what cannot be sought
+
+
+def plain_text(file: Path, suffix: str, digest: str, cache: str | None) -> Path:
+    """The file itself, or what it holds if it is compressed or a JSON array: written to the cache once, by content."""
+    compression = file.suffix if file.suffix in COMPRESSIONS else ""
+    if not compression and (suffix != ".json" or _is_json_lines(file)):
+        return file
+    if cache is None:
+        from huggingface_hub import constants
+
+        folder = Path(constants.HF_HOME, "plain-text")
+    else:
+        folder = Path(cache).expanduser() / "plain-text"
+    target = folder / f"{digest}{suffix}"
+    if target.is_file():
+        return target.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{digest}.tmp-{os.getpid()}"
+    try:
+        with temporary.open("wb") as out:
+            for block in _decompressed(file, compression):
+                out.write(block)
+                if shutil.disk_usage(folder).free < SPARE_BYTES:
+                    raise UserError(f"data.sources: {file}: too little space for its text in {folder}; see data.cache")
+        if suffix == ".json" and not _is_json_lines(temporary):
+            _as_json_lines(temporary, file)
+        with temporary.open("rb+") as out:
+            os.fsync(out.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target.absolute()
+
+
+def _decompressed(file: Path, compression: str) -> Iterator[bytes]:
+    opened: Any
+    if compression == ".gz":
+        opened = gzip.open(file, "rb")  # noqa: SIM115  # closed below
+    elif compression == ".zst":
+        opened = file.open("rb")
+    else:
+        opened = file.open("rb")
+    try:
+        with opened as stream:
+            if compression == ".zst":
+                yield from _frames(stream)
+            while block := stream.read(16 << 20):
+                yield block
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"data.sources: {file} is damaged: {remote.one_line(error)}") from None
+    except Exception as error:
+        if type(error).__module__.startswith("zstandard"):  # zstandard's own, imported only where it is needed
+            raise UserError(f"data.sources: {file} is damaged: {remote.one_line(error)}") from None
+        raise
+
+
+def _frames(stream: IO[bytes]) -> Iterator[bytes]:
+    """What Zstandard's frames hold. A few bytes at a time: each may stand for thousands."""
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor()
+    frame, begun = decompressor.decompressobj(), False
+    while block := stream.read(4096):
+        while block:
+            yield frame.decompress(block)
+            begun, block = not frame.eof, frame.unused_data if frame.eof else b""
+            if frame.eof:
+                frame = decompressor.decompressobj()
+    if begun:
+        raise EOFError("it ends in the middle")
+
+
+def _is_json_lines(file: Path) -> bool:
+    """Whether the first line with anything in it is a JSON object of its own."""
+    with file.open("rb") as stream:
+        for line in iter(lambda: stream.readline(64 << 20), b""):
+            if line.strip():
+                try:
+                    return isinstance(json.loads(line), dict)
+                except (ValueError, RecursionError):
+                    return False
+    return True
+
+
+def _as_json_lines(file: Path, name: Path) -> None:
+    """Rewrite a JSON array of objects with one object a line."""
+    if file.stat().st_size > MOST_JSON_BYTES:
+        raise UserError(f"data.sources: {name}: a JSON array of over {MOST_JSON_BYTES >> 30} GiB; convert it to .jsonl")
+    try:
+        values = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"data.sources: {name}: neither a JSON array nor JSON lines: {remote.one_line(error)}"
+        ) from None
+    if not isinstance(values, list):
+        raise UserError(f"data.sources: {name}: expected an array of objects, found a {type(values).__name__}")
+    with file.open("w", encoding="utf-8", newline="\n") as out:
+        out.writelines(json.dumps(value) + "\n" for value in values)
 
 
 # ---- the Hub
@@ -202,160 +302,18 @@ def _ranges(kind: Literal["jsonl", "blocks"], path: str, size: int, text_field: 
 def _resolve_hub(source: SourceConfig) -> tuple[list[Unit], list[Any]]:
     commit = remote.hub_commit("dataset", source.path, source.revision, instead=_INSTEAD)
     files = remote.dataset_files(source, commit, instead=_INSTEAD)
-    others = [name for name, _ in files if not name.endswith(".parquet")]
-    if others:
-        raise UserError(
-            f"data.sources: {source.path} keeps its data in {Path(others[0]).suffix or others[0]!r} files; "
-            "of Hub datasets only Parquet is read: download it and name the files instead"
-        )
+    names = [[name.split(commit, 1)[1], size] for name, size in files]
+    if not all(name.endswith(".parquet") for name, _ in files):
+        units = [
+            unit
+            for path in remote.arrow_files(source, commit, instead=_INSTEAD)
+            for unit in record_batches(path, Path(path).stat().st_size, source.text_field, f"{source.path}@{commit}")
+        ]
+        return units, [source.path, commit, names, len(units)]
 
-    def row_groups(file: tuple[str, int]) -> list[Unit]:
-        return remote.retry(lambda: _row_groups(*file, source.text_field), file[0], seconds=30)
+    def units_of(file: tuple[str, int]) -> list[Unit]:
+        return remote.retry(lambda: row_groups(*file, source.text_field), file[0], seconds=30)
 
     with ThreadPoolExecutor(16) as pool:  # a footer is a few round trips, FineWeb-Edu has thousands of files
-        units = [unit for found in pool.map(row_groups, files) for unit in found]
-    return units, [source.path, commit, [[name.split(commit, 1)[1], size] for name, size in files]]
-
-
-# ---- reading
-
-
-def _read(unit: Unit) -> Documents:
-    if unit.kind == "parquet":
-        texts, skipped = _read_row_group(unit)
-    else:
-        with open(unit.path, "rb") as file:
-            data = file.read() if unit.kind == "file" else _read_range(file, unit)
-        if unit.kind == "jsonl":
-            texts, skipped = _parse_jsonl(data, unit.text_field)
-        else:
-            text = (
-                data.decode("utf-8-sig" if unit.start == 0 else "utf-8", errors="replace")
-                .replace("\r\n", "\n")
-                .replace("\r", "\n")
-            )
-            texts, skipped = ([text] if unit.kind == "file" else list(_pack_blocks(text))), 0
-    return Documents([text for text in texts if text and not text.isspace()], skipped)
-
-
-def _open(path: str, size: int) -> Any:
-    return remote.open_file(path, size) if path.startswith(remote.PREFIX) else open(path, "rb")
-
-
-@functools.lru_cache(maxsize=64)
-def _footer(path: str, size: int) -> Any:
-    import pyarrow.parquet as pq
-
-    with _open(path, size) as file:
-        return pq.read_metadata(file)
-
-
-def _row_groups(path: str, size: int, text_field: str) -> list[Unit]:
-    import pyarrow as pa
-
-    try:
-        footer = _footer(path, size)
-    except (pa.ArrowInvalid, OSError) as error:
-        if path.startswith(remote.PREFIX):
-            raise  # tried again
-        raise UserError(f"data.sources: {path} is not a readable Parquet file: {remote.one_line(error)}") from None
-    schema = footer.schema.to_arrow_schema()
-    kind = schema.field(text_field).type if text_field in schema.names else None
-    if kind is not None and pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
-        raise UserError(
-            f"data.sources: {path} has no text column {text_field!r} (text_field); its columns: "
-            + ", ".join(f"{field.name} ({field.type})" for field in schema)
-        )
-    groups = range(footer.num_row_groups)
-    return [Unit("parquet", path, i, i + 1, size, text_field) for i in groups if footer.row_group(i).num_rows]
-
-
-def _read_row_group(unit: Unit) -> tuple[list[str], int]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with _open(unit.path, unit.size) as file:
-        table = pq.ParquetFile(file, metadata=_footer(unit.path, unit.size), pre_buffer=True).read_row_group(
-            unit.start, columns=[unit.text_field], use_threads=False
-        )
-    column = table.column(0)
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    try:
-        values = column.to_pylist()
-        return [value for value in values if value is not None], 0
-    except UnicodeDecodeError:  # Parquet promises UTF-8, a writer may have broken the promise
-        values = [_decode(value) for value in column.cast(pa.large_binary()).to_pylist() if value is not None]
-        return [value for value in values if value is not None], values.count(None)
-
-
-def _decode(value: bytes) -> str | None:
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-
-
-def _read_range(file: IO[bytes], unit: Unit) -> bytes:
-    start, stop = (_cut(file, position, unit) for position in (unit.start, unit.stop))
-    file.seek(start)
-    return file.read(stop - start)
-
-
-def _cut(file: IO[bytes], position: int, unit: Unit) -> int:
-    """The line end (of `blocks`: blank line) from which documents belong to the unit that starts at `position`.
-
-    A function of file and position alone that never decreases, so the units of a file part its documents. Where no
-    blank line comes for a whole MiB, a line end will do.
-    """
-    if position in (0, unit.size):
-        return position
-    file.seek(position - 1)
-    line = file.readline()  # the rest of a line
-    while line and unit.kind == "blocks":
-        line = file.readline()
-        if not line.strip() or file.tell() - position > 1 << 20:
-            break
-    return file.tell()
-
-
-def _parse_jsonl(data: bytes, text_field: str) -> tuple[list[str], int]:
-    texts: list[str] = []
-    skipped = 0
-    for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line.decode("utf-8"))[text_field]
-            text.encode("utf-8")  # refuses the halves of surrogate pairs that JSON can spell
-            texts.append(text)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            skipped += 1
-    return texts, skipped
-
-
-def _cut_long(lines: Iterable[str]) -> Iterator[str]:
-    """Lines without end (a book in one line) in pieces of at most BLOCK_DOCUMENT_BYTES characters, cut at a space."""
-    for line in lines:
-        if len(line) > 8 * BLOCK_DOCUMENT_BYTES:
-            while len(line) > BLOCK_DOCUMENT_BYTES:
-                cut = line.rfind(" ", 1, BLOCK_DOCUMENT_BYTES) + 1 or BLOCK_DOCUMENT_BYTES
-                yield line[:cut]
-                yield ""  # a document may end here
-                line = line[cut:]
-        yield line
-
-
-def _pack_blocks(text: str) -> Iterator[str]:
-    """Documents of at least BLOCK_DOCUMENT_BYTES that end at blank lines, or at a line end once 8 times as long."""
-    lines: list[str] = []
-    length = 0
-    for line in _cut_long(text.split("\n")):
-        if length >= BLOCK_DOCUMENT_BYTES and (not line.strip() or length >= 8 * BLOCK_DOCUMENT_BYTES):
-            yield "\n".join(lines).strip("\n")
-            lines, length = [], 0
-        lines.append(line)
-        length += len(line.encode("utf-8")) + 1
-    yield "\n".join(lines).strip("\n")
+        units = [unit for found in pool.map(units_of, files) for unit in found]
+    return units, [source.path, commit, names]

@@ -1,4 +1,4 @@
-"""The tokenizer: load a Hugging Face fast tokenizer or train a byte-level BPE, save it, encode documents with it.
+"""The tokenizer: load a Hugging Face fast tokenizer or make one from texts, save it, encode documents with it.
 
 Documents are encoded without special tokens: the data stream puts EOS between them itself, and a document that contains
 the characters of a special token gets ordinary tokens for them. transformers is imported only where it is needed.
@@ -9,18 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from config import UserError
 from remote import Unreachable, hub_commit, one_line
 
 if TYPE_CHECKING:
+    import tiktoken
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "<|unknown|>"
 MIN_BPE_VOCAB = 257  # every byte and END_OF_TEXT: whatever the text, it encodes
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _INSTEAD = "a folder (data.tokenizer=DIR) or data.tokenizer=bpe needs no Hub, --config quickstart no network at all"
@@ -71,6 +76,33 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 
+def make(kind: str, texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer made from `texts` ("bpe", "chars") or from nothing ("bytes"), of at most `vocab_size` tokens."""
+    if kind == "bpe":
+        return train_bpe(texts, vocab_size)
+    tok = train_bpe((), MIN_BPE_VOCAB) if kind == "bytes" else _characters(texts)
+    if len(tok) > vocab_size:
+        raise UserError(f"model.vocab_size = {vocab_size}: {kind} take {len(tok)} tokens here")
+    return tok
+
+
+def _characters(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A token for each character of the texts, in Unicode's order, after END_OF_TEXT and UNKNOWN for all others."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    found: set[str] = set()
+    for text in texts:
+        found.update(text)
+    vocab = {token: number for number, token in enumerate((END_OF_TEXT, UNKNOWN, *sorted(found)))}
+    chars = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
+    chars.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    chars.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=chars, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=UNKNOWN
+    )
+
+
 def save(tok: PreTrainedTokenizerFast, folder: str | Path) -> None:
     """Write the tokenizer's files into `folder`, such that `AutoTokenizer` of transformers 4 and 5 loads them."""
     tok.save_pretrained(str(folder))
@@ -87,28 +119,150 @@ def fingerprint(tok: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(f"{tok.eos_token_id}\n{tok.backend_tokenizer.to_str()}".encode()).hexdigest()
 
 
+# ---- encoding documents
+
+LONG_CHARACTERS = 200_000  # some tokenizers take quadratic time in one long text
+# What tokenizers stumble over, and where two implementations could part.
+HARD_TEXTS = (
+    "", " ", "  \n\n \t ", "a  b   c\n\n\nd\r\ne\tf ", "I'm you'll HE'S they'Ve don\u2019t", " leading", "trailing ",
+    "3 1415926 2,000.50 1e-9 \u0664\u0662", "\u4f60\u597d\u4e16\u754c \u3053\u3093\u306b\u3061\u306f",
+    "\u0928\u092e\u0938\u094d\u0924\u0947", "e\u0301 \u00e9 \u1e9b\u0323 \ufb01 \u0130",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \u2764\ufe0f", "<|endoftext|> <s> [PAD]",
+    "\x00\x01\x1b[31m\x7f\x85\u2028\ufeff", "x" * 300, "=-" * 100, "_a_b__C", "\u00a0\u3000\u2003wide",
+    "def f(x):\n    return x**2  # \u00e4\n", "https://example.org/a?b=c&d=%20",
+)  # fmt: skip
+
+
 class Encoder:
-    """Documents to token ids, each ending in EOS. Small to send to another process, and no transformers there."""
+    """Documents to token ids, without EOS. Small to send to another process, and no transformers there.
+
+    `backend` is "tokenizers", or "tiktoken" where `fastest` found that it gives the same ids.
+    """
 
     def __init__(self, tok: PreTrainedTokenizerFast):
-        assert isinstance(tok.eos_token_id, int)  # `load` and `train_bpe` see to it
+        assert isinstance(tok.eos_token_id, int)  # `load` and `make` see to it
         self.eos: int = tok.eos_token_id
+        self.backend = "tokenizers"
         self._json: str = tok.backend_tokenizer.to_str()
-        self._backend: Tokenizer | None = None
+        self._slow: Tokenizer | None = None
+        self._fast: tiktoken.Encoding | None = None
+
+    @classmethod
+    def fastest(cls, tok: PreTrainedTokenizerFast, sample: Iterable[str]) -> Encoder:
+        """With tiktoken where that is installed and gives the same ids for `HARD_TEXTS` and all of `sample`."""
+        plain, fast = cls(tok), cls(tok)
+        fast.backend = "tiktoken"
+        try:
+            if fast._tiktoken() is None:
+                return plain
+            for text in (*HARD_TEXTS, *sample):
+                (wanted,), (found,) = plain([text]), fast([text])
+                if wanted is None or found is None or not np.array_equal(wanted, found):
+                    return plain
+        except Exception:  # noqa: BLE001  # whatever it does not like
+            return plain
+        return fast
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_backend": None}
+        return {**self.__dict__, "_slow": None, "_fast": None}
 
-    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        if self._backend is None:
+    def __call__(self, texts: Sequence[str]) -> list[np.ndarray | None]:
+        """(n,) int32 for each text; None for one that the tokenizer cannot take."""
+        if self.backend == "tiktoken":
+            return [self._encode_fast(text) for text in texts]
+        if all(len(text) <= LONG_CHARACTERS for text in texts):
+            try:
+                encodings = self._tokenizers().encode_batch_fast(list(texts), add_special_tokens=False)
+                return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+            except Exception:  # noqa: BLE001  # one of them; a bare Exception is what it raises
+                pass
+        return [self._encode_slow(text) for text in texts]
+
+    def _encode_slow(self, text: str) -> np.ndarray | None:
+        try:
+            parts = self._tokenizers().encode_batch_fast(list(cut_long(text)), add_special_tokens=False)
+        except Exception:  # noqa: BLE001
+            return None
+        return np.array([i for part in parts for i in part.ids], dtype=np.int32)
+
+    def _encode_fast(self, text: str) -> np.ndarray | None:
+        encoding = self._tiktoken()
+        assert encoding is not None  # `fastest` has seen to it
+        try:
+            ids = [i for part in cut_long(text) for i in encoding.encode_ordinary(part)]
+        except Exception:  # noqa: BLE001  # its regular expressions give up on some texts
+            return self._encode_slow(text)
+        return np.array(ids, dtype=np.int32)
+
+    def _tokenizers(self) -> Tokenizer:
+        if self._slow is None:
             from tokenizers import Tokenizer
 
-            self._backend = Tokenizer.from_str(self._json)
-            self._backend.encode_special_tokens = True  # a document that spells a special token gets ordinary tokens
-            self._backend.no_truncation()
-            self._backend.no_padding()
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [[*encoding.ids, self.eos] for encoding in encodings]
+            self._slow = Tokenizer.from_str(self._json)
+            self._slow.encode_special_tokens = True  # a document that spells a special token gets ordinary tokens
+            self._slow.no_truncation()
+            self._slow.no_padding()
+        return self._slow
+
+    def _tiktoken(self) -> tiktoken.Encoding | None:
+        """The same byte-level BPE for tiktoken; None where it cannot express it, or is not installed."""
+        if self._fast is None:
+            try:
+                import tiktoken
+            except ImportError:
+                return None
+            found = _byte_bpe(json.loads(self._json))
+            if found is None:
+                return None
+            pattern, ranks = found
+            self._fast = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        return self._fast
+
+
+# GPT-2's, which byte-level pre-tokenizers have built in.
+_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def _byte_bpe(described: dict[str, Any]) -> tuple[str, dict[bytes, int]] | None:
+    """Splitting pattern, and rank of each token, of a byte-level BPE whose ids are in the order of its merges.
+
+    None for other tokenizers. Whether the ids come out equal is for `Encoder.fastest` to see.
+    """
+    model, splitter = described["model"], described["pre_tokenizer"] or {}
+    if model["type"] != "BPE" or described["normalizer"] or model.get("dropout") or model.get("byte_fallback"):
+        return None
+    steps = splitter.get("pretokenizers", [splitter])
+    if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
+        return None
+    if len(steps) == 1 and steps[0].get("use_regex", True):
+        pattern = _GPT2
+    elif len(steps) == 2 and steps[0].get("type") == "Split" and not steps[-1].get("use_regex", True):
+        if "Regex" not in steps[0]["pattern"] or steps[0]["behavior"] != "Isolated" or steps[0].get("invert"):
+            return None
+        pattern = steps[0]["pattern"]["Regex"]
+    else:
+        return None
+    # GPT-2's table: printable bytes stand for themselves, the others for the characters from 256 on.
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = count(256)
+    byte_of = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    special = {token["content"] for token in described["added_tokens"]}
+    return pattern, {
+        bytes(byte_of[char] for char in token): rank for token, rank in model["vocab"].items() if token not in special
+    }
+
+
+def cut_long(text: str) -> Iterator[str]:
+    """The text in pieces of at most LONG_CHARACTERS, cut where byte-level tokenizers cut anyway if that can be had."""
+    while len(text) > LONG_CHARACTERS:
+        window = text[: LONG_CHARACTERS + 1]
+        cuts = [found.start() + 1 for found in re.finditer(r"\S(?=\n\S)", window)] or [
+            found.start() + 1 for found in re.finditer(r"\w(?= \w)", window)
+        ]
+        cut = cuts[-1] if cuts else LONG_CHARACTERS
+        yield text[:cut]
+        text = text[cut:]
+    yield text
 
 
 def _from_pretrained(name: str, path: str, revision: str | None, *, offline: bool) -> PreTrainedTokenizerFast:

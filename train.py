@@ -31,17 +31,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from counts import Counts
-    from data import Batch, Loader, Validation
+    from data import Loader, Validation
     from metrics import Clock
     from model import DeepSeekV3
     from optim import LossScale, Optimizers
     from parallel import Mesh
     from resume import TrainState
-    from sources import Manifest
+    from stream import Batch
     from tracker import Tracker
 
 CPU_MICRO_TOKENS = 2048  # tokens at a time: a guess at what a CPU's caches like
 DIVERGED_AFTER = 20  # steps in a row without a finite gradient
+MOST_WAITING = 0.05  # share of the time that may be spent waiting for data without a word
 EXIT_CODES = "exit codes: 0 finished, 1 failed, 2 bad input, 130 stopped by SIGINT, 143 by SIGTERM (step saved)"
 
 
@@ -61,6 +62,7 @@ class Run:
     steps: int
     stop: StopFlag
     tracker: Tracker
+    eos: int
 
     def weight_at(self, step: int) -> float:
         """The MTP loss's weight: the first one, then the final one (2412.19437, section 4.2)."""
@@ -72,18 +74,21 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
     """One optimizer step over this rank's rows; its metrics, or None when a signal came before anything changed."""
     import torch
 
+    from data import inputs
     from metrics import step_metrics
     from model import LossWeights
     from optim import clip_gradients, lr_at, update_router_bias
     from parallel import synchronised
 
     config, mesh, depth = run.config, run.mesh, run.config.model.num_nextn_predict_layers
-    seq_len, rows = config.data.seq_len, config.rows_per_step
+    data, rows = config.data, config.rows_per_step
     # Sums over global counts: accumulation and uneven ranks are right by construction. DDP divides by the world size.
-    unit = run.scale.value * mesh.world_size / (rows * seq_len)
+    unit, *mtp_units = (run.scale.value * mesh.world_size / max(1, count) for count in batch.num_targets)
     mtp_weight = run.weight_at(step)
     weights = LossWeights(
-        unit, (unit * mtp_weight / max(1, depth),) * depth, unit * seq_len * config.model.aux_loss_alpha
+        unit,
+        tuple(mtp_unit * mtp_weight / depth for mtp_unit in mtp_units),
+        run.scale.value * mesh.world_size / rows * config.model.aux_loss_alpha,
     )
     nothing = LossWeights(0.0, (0.0,) * depth, 0.0)
     parts = micro_batches(len(batch.tokens), -(-config.rank_rows(mesh.world_size) // config.micro_rows))
@@ -98,8 +103,15 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
         # DDP has collectives in forward, too, so all ranks must make the same calls.
         idle = part.start == part.stop
         rows_BX = batch.tokens[slice(0, 1) if idle else part].to(mesh.device, non_blocking=True)
+        given = inputs(
+            rows_BX, data.seq_len, run.eos, packed=data.packing == "best_fit", isolated=data.document_mask,
+            crossing=data.cross_targets,
+        )  # fmt: skip
         with synchronised(run.replica, last=number == len(parts) - 1):
-            out = run.replica(rows_BX[:, :seq_len], rows_BX[:, 1:], loss_weights=nothing if idle else weights)
+            out = run.replica(
+                given.tokens, given.targets, positions=given.positions, doc_ids=given.doc_ids,
+                loss_weights=nothing if idle else weights,
+            )  # fmt: skip
             out.loss.backward()
         if not idle:
             counted = (out.nats, out.num_correct, out.balance, out.expert_counts)
@@ -121,7 +133,7 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
         if step < config.optim.bias_until * run.steps:
             update_router_bias(run.model, counts_LE, config.optim.bias_speed)
     run.scale.update(finite)
-    metrics = step_metrics(step_sums, rows * seq_len, rows, mtp_weight, config)
+    metrics = step_metrics(step_sums, batch.num_targets, rows, mtp_weight, config)
     return metrics | {"lr": lr, "grad_norm": grad_norm if finite else None, "skipped": not finite, "counts": counts_LE}
 
 
@@ -135,17 +147,18 @@ def micro_batches(rows: int, number: int) -> list[slice]:
 
 def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False, profile: bool = False) -> int:
     """Train to the end or to a signal; the process's exit code."""
-    import data
     import evals
     import parallel
     import probe
     import profiling
     import resume
-    import tokenizer as tokenizers
     from counts import count_parameters, flops_per_token, num_steps
+    from data import Loader
+    from dataset import open_dataset
     from metrics import Clock
     from model import meta_model
     from ops import DTYPES
+    from stream import Cursor
     from tracker import Tracker
 
     run_dir = Path(config.run.dir)
@@ -179,49 +192,48 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
                     f"--resume {resume_from}: it is step {state.step} already; to branch off, give train.steps above it"
                 )
             state.origin = resume.identity(start) or ""
-        if state is not None and state.step >= steps and resume.same_names(state, config):
+        if state is not None and state.ended(config, steps) and resume.same_names(state, config):
             return say_finished(config, state.step, start) if mesh.is_main else 0  # the data may be far away
-        manifest, threshold, tokenizer, held_out = mesh.from_main(on_main(mesh, lambda: open_data(config, start)))
-        fingerprint = tokenizers.fingerprint(tokenizer)
+        fallback = None if state is None else state.fallback
+        opened = mesh.from_main(on_main(mesh, lambda: open_dataset(config, start, fallback=fallback)))
+        held_out = mesh.from_main(on_main(mesh, lambda: opened.validation(config)))
+        known = {"sources": opened.manifest.fingerprint, "tokenizer": opened.fingerprint}
         if state is not None:
-            resume.check_content(state, config, sources=manifest.fingerprint, tokenizer=fingerprint)
-            if state.step >= steps:
+            resume.check_content(state, config, **known)
+            if state.ended(config, steps):
                 return say_finished(config, state.step, start) if mesh.is_main else 0
-            state.config, state.precision = resume.learned(config), precision
+            state.config, state.precision, state.exhausted = resume.learned(config), precision, False
         else:
-            state = resume.TrainState(resume.learned(config), manifest.fingerprint, fingerprint, precision)
+            learned = resume.learned(config)
+            state = resume.TrainState(learned, precision=precision, fallback=opened.fallback, **known)
 
         paths, told = mesh.from_main(on_main(mesh, lambda: probe.choose(config, mesh.device, dtype, state.ops)))
         state.ops = paths.model_dump()
         model, optimizers, scale = build(config, mesh, precision, paths, state, start)
         mesh.from_main(on_main(mesh, lambda: make_folder(run_dir, afresh=resume_from == "never")))
         tracker = Tracker(run_dir if mesh.is_main else None, total_steps=steps, first_step=state.step)
-        run = Run(config, mesh, model, parallel.parallelize(model, mesh), optimizers, scale, steps, stop, tracker)
+        replica, eos = parallel.parallelize(model, mesh), opened.encoder.eos
+        run = Run(config, mesh, model, replica, optimizers, scale, steps, stop, tracker, eos)
         if mesh.is_main:
             (run_dir / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
             announce(run, counts, state, start, held_out, f"{precision} on {peak_name}: {peak / 1e12:.2f} TFLOP/s")
             for line in told:
                 tracker.note(line)
         cleanup.enter_context(stop)  # until now a signal ended the program as ever: there was nothing to save
-        loader = data.loader(
-            manifest, tokenizer, seq_len=config.data.seq_len, extra=tokens_ahead(config), rows=config.rows_per_step,
-            rank=mesh.rank, world_size=mesh.world_size, seed=config.train.seed,
-            cursor=data.Cursor.from_dict(state.cursor), threshold=threshold,
-            shuffle_window=config.data.shuffle_window, workers=config.data.workers,
-            pin_memory=mesh.device.type == "cuda",
-        )  # fmt: skip
+        feed = opened.feed(config, Cursor.from_dict(state.cursor), rank=mesh.rank, world_size=mesh.world_size)
+        loader = Loader(feed, config.data.workers, pin_memory=mesh.device.type == "cuda", note=tracker.note)
         resume.restore_rng(config.train.seed, start, mesh.device)
         saved, bad_in_a_row = state.step, 0
         clock = Clock()
         profiler = profiling.Profiler(run_dir, mesh.device, tracker.note) if profile and mesh.is_main else None
         try:
-            while state.step < steps:
+            while state.step < steps and not state.exhausted:
                 batch = next_batch(clock, loader, stop)
                 if mesh.any(batch is None):
                     break
                 if mesh.any(isinstance(batch, UserError)):  # the data are gone; what was learned is not
                     if saved < state.step:
-                        save(run, state, tokenizer)
+                        save(run, state, opened.tokenizer)
                     raise batch if isinstance(batch, UserError) else UserError("another rank could not read its data")
                 metrics = train_step(run, state.step, batch)
                 if metrics is None:
@@ -231,7 +243,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
                     profiler.step()
                 state.step += 1
                 state.tokens += config.train.batch_tokens
-                state.cursor = batch.cursor.to_dict()
+                state.cursor, state.exhausted = batch.cursor.to_dict(), batch.last
                 state.loss_scale = asdict(scale) if scale.dynamic else {}
                 bad_in_a_row = bad_in_a_row + 1 if metrics["skipped"] else 0
                 state.skipped_steps += metrics["skipped"]
@@ -240,25 +252,29 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
                         f"no finite gradient for {DIVERGED_AFTER} steps: stopped before saving; lower optim.lr"
                     )
                     return 1
-                last = state.step == steps
+                last = state.step == steps or state.exhausted
                 scores = {}
                 if last or state.step % config.eval.every_steps == 0:
                     tracker.progress(state.step, "evaluating")
-                    scores = evals.evaluate(model, held_out, rows=config.micro_rows, mesh=mesh)
+                    isolated = eos if config.data.document_mask else None
+                    scores = evals.evaluate(model, held_out, rows=config.micro_rows, mesh=mesh, eos=isolated)
                 if scores or last or state.step % config.log.every_steps == 0:
-                    tracker.log(state.step, log_entry(run, state, batch, metrics, clock, flops / peak) | scores)
+                    entry = log_entry(run, state, batch, metrics, clock, loader, flops / peak)
+                    tracker.log(state.step, entry | scores)
                 if last or state.step % config.sample.every_steps == 0:
-                    write_samples(run, tokenizer, state.step)
+                    write_samples(run, opened.tokenizer, state.step, shown=last)
                 if last or state.step % config.checkpoint.every_steps == 0:
-                    save(run, state, tokenizer)
+                    save(run, state, opened.tokenizer)
                     saved = state.step
             if saved < state.step:
-                save(run, state, tokenizer)
+                save(run, state, opened.tokenizer)
         finally:
             loader.close()
             if profiler is not None:
                 profiler.stop()
-        if state.step < steps:
+        if state.exhausted:
+            tracker.note(f"the sources' last epoch ended at step {state.step} of {steps}: this run is complete")
+        elif state.step < steps:
             number = stop.signal or signal.SIGTERM  # another rank was told to stop
             tracker.note(
                 f"stopped by {signal.Signals(number).name} after step {state.step} of {steps}; the same command goes on"
@@ -270,13 +286,19 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
 
 
 def log_entry(
-    run: Run, state: TrainState, batch: Batch, metrics: dict[str, Any], clock: Clock, per_token: float
+    run: Run, state: TrainState, batch: Batch, metrics: dict[str, Any], clock: Clock, loader: Loader, per_token: float
 ) -> dict[str, Any]:
     """A line of `metrics.jsonl`. `per_token`: FLOPs per token over the device's peak."""
-    from metrics import expert_metrics
+    from metrics import data_metrics, expert_metrics
     from parallel import peak_memory_gib
 
     rates = clock.rates()
+    share = rates["data_wait_sec"] * rates["steps_per_sec"]
+    if share > MOST_WAITING and state.step > run.config.log.every_steps:  # at first everything starts
+        run.tracker.note(
+            f"the data come too slowly: {share:.0%} of the time was spent waiting for them; more data.workers, or "
+            "scripts/prepare_data.py, which tokenises once, would help"
+        )
     counts_LE = metrics.pop("counts")
     return {
         "tokens": state.tokens,
@@ -285,9 +307,8 @@ def log_entry(
         **rates,
         "mfu": rates["tokens_per_sec"] * per_token / run.mesh.world_size,
         "peak_memory_gib": peak_memory_gib(run.mesh.device),
-        "epoch": batch.epoch,
+        **data_metrics(batch, loader),
         "skipped_steps": state.skipped_steps,
-        "skipped_documents": batch.skipped,
         "loss_scale": run.scale.value,
         "experts": expert_metrics(run.model, counts_LE),
     }
@@ -355,47 +376,6 @@ def build(
     if config.train.compile:
         model.compile_blocks()
     return model, optimizers, scale
-
-
-def tokens_ahead(config: Config) -> int:
-    """How many tokens a row needs past its inputs: one for the main head, one more for each MTP head."""
-    return 1 + config.model.num_nextn_predict_layers
-
-
-def open_data(config: Config, start: Path | None) -> tuple[Manifest, int, PreTrainedTokenizerFast, Validation]:
-    """The documents, the hash below which they are held out, the tokenizer (the checkpoint's, a named one or a new BPE)
-    and the held-out rows."""
-    import data
-    import resume
-    import sources
-    import tokenizer as tokenizers
-
-    # The embeddings of initial weights mean the tokens of their tokenizer.
-    origin = resume.tokenizer_folder(config.train.init_from) if start is None else start
-    if config.data.tokenizer != "bpe" and start is None:
-        tokenizer = tokenizers.load(config.data.tokenizer)  # first: it fails sooner than the sources
-        theirs = tokenizers.load(str(origin)) if origin is not None else tokenizer
-        if tokenizers.fingerprint(theirs) != tokenizers.fingerprint(tokenizer):
-            raise UserError(
-                f"data.tokenizer = {config.data.tokenizer!r} is not the tokenizer of train.init_from={origin}"
-            )
-    manifest = sources.resolve(config.data.sources)
-    threshold = data.split_threshold(manifest, config.data.val_fraction)
-    if origin is not None:
-        tokenizer = tokenizers.load(str(origin))
-    elif config.data.tokenizer == "bpe":
-        print(f"training a byte-level BPE of {config.model.vocab_size} tokens on the sources", flush=True)
-        tokenizer = tokenizers.train_bpe(data.training_texts(manifest, threshold), config.model.vocab_size)
-    if len(tokenizer) > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size = {config.model.vocab_size} is too small for {config.data.tokenizer!r}, "
-            f"which has {len(tokenizer)} tokens"
-        )
-    held_out = data.validation(
-        manifest, threshold=threshold, tokenizer=tokenizer, seq_len=config.data.seq_len, extra=tokens_ahead(config),
-        tokens=config.eval.tokens,
-    )  # fmt: skip
-    return manifest, threshold, tokenizer, held_out
 
 
 def make_folder(run_dir: Path, *, afresh: bool) -> None:
@@ -470,8 +450,8 @@ def save(run: Run, state: TrainState, tokenizer: PreTrainedTokenizerFast) -> Non
     run.mesh.any(False)  # the others wait: nobody is ahead of what is on disk
 
 
-def write_samples(run: Run, tokenizer: PreTrainedTokenizerFast, step: int) -> None:
-    """The configured prompts continued, the same seed every time, into `samples.md`."""
+def write_samples(run: Run, tokenizer: PreTrainedTokenizerFast, step: int, *, shown: bool) -> None:
+    """The configured prompts continued, the same seed every time, into `samples.md`, and on the screen if `shown`."""
     if not run.mesh.is_main:
         return
     import generate
@@ -490,10 +470,10 @@ def write_samples(run: Run, tokenizer: PreTrainedTokenizerFast, step: int) -> No
     except Exception as error:  # noqa: BLE001  # whatever it is, a sample is not worth a run
         run.tracker.note(f"no samples: {error}")
         return
-    shown = [generate.safe_text(str(tokenizer.decode(text))) for text in texts]
-    run.tracker.samples(step, list(zip(sample.prompts, shown, strict=True)))
-    if step == run.steps:
-        for prompt, text in zip(sample.prompts, shown, strict=True):
+    safe = [generate.safe_text(str(tokenizer.decode(text))) for text in texts]
+    run.tracker.samples(step, list(zip(sample.prompts, safe, strict=True)))
+    if shown:
+        for prompt, text in zip(sample.prompts, safe, strict=True):
             run.tracker.note(f"\n{prompt}{text}")
 
 

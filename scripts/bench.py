@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import json
 import re
 import shutil
@@ -79,7 +80,9 @@ def text_tokens(bench: Bench) -> Tensor:
     texts = list(data.training_texts(sources.resolve(configuration.load("quickstart").data.sources), 0, 1 << 20))
     tok = tokenizers.train_bpe(iter(texts), min(bench.config.model.vocab_size, 8192))
     shape = (bench.config.micro_rows, bench.config.data.seq_len + 2)
-    ids = [token for document in tokenizers.Encoder(tok)(texts) for token in document]
+    encoder = tokenizers.Encoder(tok)
+    documents = [[*ids.tolist(), encoder.eos] for ids in encoder(texts) if ids is not None]
+    ids = list(itertools.chain.from_iterable(documents))
     ids *= -(-shape[0] * shape[1] // len(ids))
     return torch.tensor(ids[: shape[0] * shape[1]]).view(shape).to(bench.device)
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -22,7 +23,10 @@ class FakeHub:
     def __init__(self, repo: str, files: dict[str, bytes]):
         self.repo, self.files = repo, files
         self.log: list[tuple[str, str, str | None]] = []  # method, path, Range header
-        self.faults: list[str] = []  # one per coming read of a data range: "429", "503", "reset", "truncate"
+        # One per coming read of a data range: "429", "429 wait" (with Retry-After), "503", "403" (an address that has
+        # run out), "reset", "truncate", "stall" (longer than the client's patience), "" (none).
+        self.faults: list[str] = []
+        self.stall_sec = 3.0
         self.sent_bytes = 0
 
     def __enter__(self) -> FakeHub:
@@ -67,6 +71,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo = re.escape(self.state.repo)
         if match := re.fullmatch(rf"/datasets/{repo}/resolve/([^/]+)/(.*)", path):
             self._file(match[1], match[2])
+        elif match := re.fullmatch(r"/cdn/(.*)", path):
+            self._range(match[1])
         elif match := re.fullmatch(rf"/api/datasets/{repo}(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path):
             self._api(match[1] or "revision", match[2] or "main", match[3] or "")
         else:
@@ -98,19 +104,28 @@ class _Handler(BaseHTTPRequestHandler):
         return listed
 
     def _file(self, revision: str, name: str) -> None:
+        """The Hub tells where the bytes lie; small files are fetched from here by some of its clients."""
         data = self.state.files.get(name)
         if data is None or revision not in ("main", COMMIT):
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if name.endswith(".parquet"):
+            headers |= {"X-Linked-Size": str(len(data)), "Location": f"{self.state.endpoint}/cdn/{name}"}
+            return self._send(302, b"", headers)
+        return self._send(200, data, headers)
+
+    def _range(self, name: str) -> None:
+        data = self.state.files[name]
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if not span:
-            return self._send(200, data, headers)
+            return self._send(200, data)
         fault = self.state.faults.pop(0) if self.state.faults else ""
-        if fault in ("429", "503"):
-            return self._send(int(fault), b"busy")
+        if fault[:3] in ("429", "503", "403"):
+            return self._send(int(fault[:3]), b"busy", {"Retry-After": "1"} if "wait" in fault else None)
+        if fault == "stall":
+            time.sleep(self.state.stall_sec)
         start, last = int(span[1]), min(int(span[2] or len(data)), len(data) - 1)
-        headers["Content-Range"] = f"bytes {start}-{last}/{len(data)}"
-        return self._send(206, data[start : last + 1], headers, fault)
+        return self._send(206, data[start : last + 1], {"Content-Range": f"bytes {start}-{last}/{len(data)}"}, fault)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None, fault: str = "") -> None:
         if fault == "reset":

@@ -61,7 +61,7 @@ MISTAKES = {
     "optim.beta1=1": "1 must be a number >= 0 and < 1",
     "data.val_fraction=0.5": "0.5 must be a number >= 0 and < 0.5",
     "data.seq_len=1": "1 must be an integer >= 2",
-    "data.workers=2": "2 must be an integer >= 0 and <= 1",
+    "data.workers=65": "65 must be an integer >= 0 and <= 64",
     "data.tokenizer=": "'' must be text, not empty",
     "model.qk_rope_head_dim=63": "63 must be an integer >= 2 and a multiple of 2",
     "model.num_nextn_predict_layers=9": "9 must be an integer >= 0 and <= 8",

@@ -1,16 +1,10 @@
-"""data.py: the order, its exact resume on any ranks and workers, the split, and validation."""
+"""data.py: the split, validation, what the model is given of a row, and the loader."""
 
 import itertools
 import math
-import os
-import random
 import re
-import signal
-import sys
-import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,18 +15,17 @@ import torch
 import data
 import sources
 import tokenizer
-from config import SourceConfig, UserError
-from data import Cursor
+from config import SourceConfig
+from documents import document_hash
+from losses import IGNORE
+from stream import PADDING, Cursor, Feed
 
-SEQ_LEN, EXTRA, ROWS = 16, 2, 5
-posix = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+SEQ_LEN, EOS = 16, 0
 
 
 @pytest.fixture(scope="module")
 def documents():
-    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
-    draw = random.Random(0)
-    unique = [" ".join([f"n{i}", *draw.choices(words, k=draw.randrange(0, 12))]) for i in range(300)]
+    unique = [f"n{i} alpha beta gamma {'delta ' * (i % 9)}" for i in range(300)]
     return unique + unique[:20]  # some texts twice
 
 
@@ -44,8 +37,8 @@ def manifest(documents, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tok(documents):
-    return tokenizer.train_bpe(documents, 400)
+def encoder(documents):
+    return tokenizer.Encoder(tokenizer.train_bpe(documents, 400))
 
 
 @pytest.fixture(scope="module")
@@ -53,179 +46,8 @@ def threshold(manifest):
     return data.split_threshold(manifest, 0.1)
 
 
-@pytest.fixture
-def load(manifest, tok, threshold, monkeypatch):
-    monkeypatch.setattr(data, "CHUNK_DOCUMENTS", 8)
-
-    def make(**changes):
-        settings: dict[str, Any] = {
-            "seq_len": SEQ_LEN, "extra": EXTRA, "rows": ROWS, "seed": 1, "cursor": Cursor(), "threshold": threshold,
-            "shuffle_window": 3, "workers": 0,
-        }  # fmt: skip
-        return data.loader(changes.pop("manifest", manifest), tok, **settings | changes)
-
-    return make
-
-
-def take(batches, count):
-    return list(itertools.islice(batches, count))
-
-
-def same(left, right):
-    return len(left) == len(right) and all(
-        torch.equal(a.tokens, b.tokens) and a.cursor == b.cursor for a, b in zip(left, right, strict=True)
-    )
-
-
-def stream_of(batches):
-    """The tokens of consecutive steps laid end to end, without the overlap of rows."""
-    return torch.cat([batch.tokens[:, :SEQ_LEN].reshape(-1) for batch in batches]).tolist()
-
-
-def epoch_documents(load, tok, epoch, **changes):
-    """The documents of one epoch as the stream has them, cut at EOS."""
-    batches = []
-    for batch in load(cursor=Cursor(epoch), **changes):
-        batches.append(batch)
-        if batch.cursor.epoch > epoch:
-            break
-    ids, found = [], []
-    for token in stream_of(batches):
-        if token == tok.eos_token_id:
-            found.append(tok.decode(ids))
-            ids = []
-        else:
-            ids.append(token)
-    return found
-
-
-# ---- the order
-
-
-def test_permutation_is_fixed_for_ever():
-    assert data.permutation(8, 1, 0).tolist() == [3, 5, 4, 0, 7, 2, 6, 1]
-    assert sorted(data.permutation(1000, 3).tolist()) == list(range(1000))
-    assert data.permutation(50, 1, 0).tolist() != data.permutation(50, 1, 1).tolist()
-    assert data.permutation(0, 1).tolist() == []
-
-
-def test_rows_overlap_by_the_extra_tokens(load):
-    batches = take(load(), 4)
-    rows = torch.cat([batch.tokens for batch in batches])
-    assert rows.shape == (4 * ROWS, SEQ_LEN + EXTRA) and rows.dtype == torch.int64 and rows.min() >= 0
-    assert torch.equal(rows[:-1, SEQ_LEN:], rows[1:, :EXTRA])
-
-
-def test_an_epoch_holds_every_training_document_once(load, tok, documents, threshold):
-    expected = [text for text in documents if data.document_hash(text) >= threshold]
-    assert 0 < len(documents) - len(expected) < 80
-    first = epoch_documents(load, tok, 0)
-    assert Counter(first[: len(expected)]) == Counter(expected)
-    second = epoch_documents(load, tok, 1)
-    assert Counter(second[: len(expected)]) == Counter(expected) and second != first
-    other = epoch_documents(load, tok, 0, seed=2)
-    assert Counter(other[: len(expected)]) == Counter(expected) and other != first
-    assert not {text for text in first + second + other if data.document_hash(text) < threshold}
-
-
-def test_epochs_follow_without_a_gap(load, tok, documents, threshold):
-    batches = take(load(), 250)
-    assert batches[-1].epoch >= 2
-    stream = stream_of(batches)
-    training = [text for text in documents if data.document_hash(text) >= threshold]
-    per_epoch = sum(len(ids) for ids in tokenizer.Encoder(tok)(training))
-    start = next(i for i, batch in enumerate(batches) if batch.epoch == 1)
-    second = stream_of(take(load(cursor=Cursor(epoch=1)), 50))
-    assert stream[per_epoch : per_epoch + len(second)] == second
-    assert start * ROWS * SEQ_LEN <= per_epoch <= (start + 1) * ROWS * SEQ_LEN
-
-
-# ---- resume, ranks, workers
-
-
-def test_resume_at_every_step_is_exact(load):
-    whole = take(load(), 130)
-    assert whole[-1].epoch >= 2 and len({(batch.cursor.epoch, batch.cursor.window) for batch in whole}) > 5
-    for i, batch in enumerate(whole[:-3]):
-        cursor = Cursor.from_dict(batch.cursor.to_dict())
-        assert same(take(load(cursor=cursor), 3), whole[i + 1 : i + 4])
-
-
-def test_resumes_chain(load):
-    whole = take(load(), 40)
-    parts, cursor = [], Cursor()
-    for count in (7, 1, 12, 20):
-        parts += take(load(cursor=cursor), count)
-        cursor = parts[-1].cursor
-    assert same(parts, whole)
-
-
-def test_resume_tokenises_one_chunk(load, tok, monkeypatch):
-    cursor = take(load(), 60)[-1].cursor
-    calls = []
-    encode = tokenizer.Encoder.__call__
-    monkeypatch.setattr(tokenizer.Encoder, "__call__", lambda self, texts: calls.append(texts) or encode(self, texts))
-    batch = next(load(cursor=cursor))
-    assert sum(map(len, calls)) <= 8 + batch.tokens.numel() and cursor.window > 0
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
-def test_ranks_share_one_global_batch(load, world_size):
-    whole = take(load(), 12)
-    shares = [take(load(rank=rank, world_size=world_size), 12) for rank in range(world_size)]
-    for step, batch in enumerate(whole):
-        assert torch.equal(torch.cat([share[step].tokens for share in shares]), batch.tokens)
-        assert {share[step].cursor for share in shares} == {batch.cursor}
-
-
-def test_seeds_and_rows(load):
-    assert not same(take(load(), 2), take(load(seed=2), 2))
-    rows = [batch.tokens for batch in take(load(rows=1), 10)]
-    assert torch.equal(torch.cat(rows), torch.cat([batch.tokens for batch in take(load(), 2)]))
-
-
-@posix
-def test_a_worker_makes_the_same_batches_and_outlives_signals(manifest, tok, threshold):
-    def batches(workers, cursor):
-        return data.loader(
-            manifest, tok, seq_len=SEQ_LEN, extra=EXTRA, rows=3, rank=1, world_size=2, seed=1, cursor=cursor,
-            threshold=threshold, shuffle_window=3, workers=workers,
-        )  # fmt: skip
-
-    whole = take(batches(0, Cursor()), 30)
-    worker = batches(1, whole[4].cursor)
-    (child,) = worker._children
-    for name in (signal.SIGINT, signal.SIGTERM):
-        os.kill(child.pid, name)  # while it starts
-    assert same(take(worker, 5), whole[5:10])
-    for name in (signal.SIGINT, signal.SIGTERM):
-        os.kill(child.pid, name)
-    assert same(take(worker, 20), whole[10:])
-    started = time.monotonic()
-    worker.close()
-    worker.close()
-    assert not child.is_alive() and time.monotonic() - started < 10
-    assert next(worker, None) is None
-
-
-def test_a_users_mistake_in_the_worker_is_one_line(tmp_path, tok):
-    (tmp_path / "a.jsonl").write_text("{broken\n")
-    manifest = sources.resolve([SourceConfig(path=str(tmp_path))])
-    for workers in (0, 1):
-        batches = data.loader(
-            manifest, tok, seq_len=4, extra=1, rows=1, seed=1, cursor=Cursor(), threshold=0, shuffle_window=1,
-            workers=workers,
-        )  # fmt: skip
-        with pytest.raises(UserError) as caught:
-            next(batches)
-        assert "no training document in the whole epoch (1 were unreadable)" in str(caught.value)
-        assert "\n" not in str(caught.value)
-
-
-def test_skipped_documents_are_counted(tmp_path, load):
-    (tmp_path / "a.jsonl").write_text('{"text": "good good good"}\n{"text": 1}\n{broken\n')
-    manifest = sources.resolve([SourceConfig(path=str(tmp_path))])
-    assert next(load(manifest=manifest, threshold=0, rows=1)).skipped >= 2
+def texts_of(manifest):
+    return [document.item for document in data.walk(manifest, 1 << 40)]
 
 
 # ---- the split and validation
@@ -238,7 +60,7 @@ def small(tmp_path, texts):
 
 def test_split_threshold_of_small_corpora(tmp_path):
     texts = ["a", "b", "c", "a"]
-    hashes = sorted({data.document_hash(text) for text in texts})
+    hashes = sorted({document_hash(text) for text in texts})
     manifest = small(tmp_path, texts)
     assert data.split_threshold(manifest, 0) == 0
     assert data.split_threshold(manifest, 1e-9) == hashes[0] + 1  # exactly one text
@@ -250,54 +72,54 @@ def test_split_threshold_of_small_corpora(tmp_path):
 
 def test_training_texts_are_bounded_and_leave_validation_out(manifest, documents, threshold):
     texts = list(data.training_texts(manifest, threshold))
-    assert texts == [text for text in documents if data.document_hash(text) >= threshold]
+    assert texts == [text for text in documents if document_hash(text) >= threshold]
     some = list(data.training_texts(manifest, threshold, limit_bytes=200))
     assert some == texts[: len(some)] and 200 <= sum(map(len, some)) < 300
 
 
 @pytest.mark.parametrize("extra", [1, 2, 4])
 @pytest.mark.parametrize("tokens", [1, 100, 10**6])
-def test_validation_predicts_each_token_once(manifest, documents, tok, threshold, extra, tokens):
-    val = data.validation(manifest, threshold=threshold, tokenizer=tok, seq_len=SEQ_LEN, extra=extra, tokens=tokens)
-    held_out = [text for text in documents if data.document_hash(text) < threshold]
+def test_validation_predicts_each_token_once(manifest, documents, encoder, threshold, extra, tokens):
+    val = data.validation(manifest, threshold=threshold, encoder=encoder, seq_len=SEQ_LEN, extra=extra, tokens=tokens)
+    held_out = [text for text in documents if document_hash(text) < threshold]
     taken = held_out[: val.num_documents]
-    encoded = tokenizer.Encoder(tok)(taken)
-    stream = list(itertools.chain([tok.eos_token_id], *encoded))
+    encoded = [[*ids.tolist(), encoder.eos] for ids in encoder(taken)]
+    stream = list(itertools.chain([encoder.eos], *encoded))
     assert val.num_bytes == sum(len(text.encode()) for text in taken)
     assert val.num_tokens == len(stream) - 1 >= min(tokens, val.num_tokens)
     assert taken == held_out or len(stream) - 1 - len(encoded[-1]) < tokens <= len(stream) - 1
     assert val.tokens.shape == (math.ceil(val.num_tokens / SEQ_LEN), SEQ_LEN)
     assert val.targets.shape == (len(val.tokens), SEQ_LEN + extra - 1) and val.tokens.min() >= 0
     main = val.targets[:, :SEQ_LEN]
-    assert main[main != data.IGNORE].tolist() == stream[1:]
+    assert main[main != IGNORE].tolist() == stream[1:]
     for depth in range(extra):  # MTP depth d predicts each token but the first d + 1 once
         targets = val.targets[:, depth : depth + SEQ_LEN]
-        assert targets[targets != data.IGNORE].tolist() == stream[1 + depth :]
+        assert targets[targets != IGNORE].tolist() == stream[1 + depth :]
     flat = val.tokens.reshape(-1).tolist()
     assert flat[: val.num_tokens] == stream[:-1] and not any(flat[val.num_tokens :])
 
 
-def test_validation_without_documents(tmp_path, tok):
+def test_validation_without_documents(tmp_path, encoder):
     val = data.validation(
-        small(tmp_path, ["only one"]), threshold=0, tokenizer=tok, seq_len=SEQ_LEN, extra=2, tokens=100
+        small(tmp_path, ["only one"]), threshold=0, encoder=encoder, seq_len=SEQ_LEN, extra=2, tokens=100
     )
     assert val.tokens.shape == (0, SEQ_LEN) and val.targets.shape == (0, SEQ_LEN + 1)
     assert (val.num_tokens, val.num_bytes, val.num_documents) == (0, 0, 0)
 
 
-def test_searches_are_bounded(manifest, tok, monkeypatch):
+def test_searches_are_bounded(manifest, encoder, monkeypatch):
     monkeypatch.setattr(data, "SPLIT_SCAN_BYTES", 500)
-    seen = [data.document_hash(text) for text in data._bounded(data._texts(manifest), 500)]
+    seen = [document.hash for document in data.walk(manifest, 500)]
     assert data.split_threshold(manifest, 1e-12) == min(seen) + 1
-    val = data.validation(manifest, threshold=min(seen) + 1, tokenizer=tok, seq_len=SEQ_LEN, extra=1, tokens=10**6)
+    val = data.validation(manifest, threshold=min(seen) + 1, encoder=encoder, seq_len=SEQ_LEN, extra=1, tokens=10**6)
     assert val.num_documents == 1
 
 
-def test_the_bundled_corpus(tok):
+def test_the_bundled_corpus():
     manifest = sources.resolve([SourceConfig(path="corpus/austen.parquet")])
-    texts = list(data._texts(manifest))
+    texts = texts_of(manifest)
     assert len(texts) == len(set(texts)) == 270 and sum(len(text.encode()) for text in texts) == 4_012_498
-    held_out = sum(data.document_hash(text) < data.split_threshold(manifest, 0.05) for text in texts)
+    held_out = sum(document_hash(text) < data.split_threshold(manifest, 0.05) for text in texts)
     assert 5 <= held_out <= 25
     assert np.all([text == text.strip() and "\r" not in text and "\t" not in text for text in texts])
 
@@ -320,18 +142,46 @@ def test_no_document_of_the_bundled_corpus_nearly_repeats_another():
     assert round(jaccard, 4) == 0.0035 and round(contained, 3) == 0.009
 
 
-@posix
-def test_a_worker_that_dies_is_an_error_not_a_hang(load):
-    batches = load(workers=1, rows=50)
-    next(batches)
+# ---- what the model is given
 
-    def starve():
-        os.kill(batches._children[0].pid, signal.SIGKILL)
-        time.sleep(20)  # torch's SIGCHLD handler ends it; were the broken connection first, it would hit a later test
-        take(batches, 100)
 
-    start = time.monotonic()
-    with pytest.raises(RuntimeError, match="killed by signal"):
-        starve()
-    assert time.monotonic() - start < 10
-    batches.close()
+def test_inputs_of_rows_laid_end_to_end():
+    rows = torch.arange(40).view(2, 20)
+    given = data.inputs(rows, 17, EOS, packed=False, isolated=False, crossing=False)
+    assert torch.equal(given.tokens, rows[:, :17]) and torch.equal(given.targets, rows[:, 1:])
+    assert given.positions is None and given.doc_ids is None
+
+
+def test_inputs_of_packed_rows():
+    row = torch.tensor([[EOS, 5, 6, EOS, 7, 8, 9, EOS, PADDING, PADDING]])
+    given = data.inputs(row, 8, EOS, packed=True, isolated=False, crossing=False)
+    assert given.tokens.tolist() == [[EOS, 5, 6, EOS, 7, 8, 9, EOS]]
+    # The second EOS sees the first document: it does not predict the second one's start.
+    assert given.targets.tolist() == [[5, 6, EOS, IGNORE, 8, 9, EOS, IGNORE, IGNORE]]
+    crossing = data.inputs(row, 8, EOS, packed=True, isolated=False, crossing=True)
+    assert crossing.targets.tolist() == [[5, 6, EOS, 7, 8, 9, EOS, IGNORE, IGNORE]]
+    assert given.positions is None
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_inputs_of_isolated_documents(packed):
+    row = torch.tensor([[4, 5, EOS, 6, 7, 8, EOS, EOS, 9, 3]])
+    given = data.inputs(row, 8, EOS, packed=packed, isolated=True, crossing=False)
+    assert given.targets.tolist() == row[:, 1:].tolist()  # an EOS starts what follows, and may predict it
+    assert given.positions.tolist() == [[0, 1, 0, 1, 2, 3, 0, 0]]
+    assert given.doc_ids.tolist() == [[0, 0, 1, 1, 1, 1, 2, 3, 3, 3]]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_loader_gives_tensors(manifest, encoder, workers):
+    feed = Feed(manifest, encoder, SEQ_LEN, 2, 3, 1, Cursor(), 0, 3)
+    wanted = list(itertools.islice(feed.batches(), 5))
+    loader = data.Loader(feed, workers)
+    for batch in wanted:
+        found = next(loader)
+        assert found.tokens.dtype == torch.int64 and np.array_equal(found.tokens.numpy(), batch.tokens)
+        assert found.cursor == batch.cursor
+    assert (loader.depth is None) == (workers == 0) and loader.restarts == 0
+    loader.close()
+    loader.close()
+    assert next(loader, None) is None

@@ -48,7 +48,8 @@ def held_out(tok: Any, tmp_path_factory: pytest.TempPathFactory) -> Validation:
     for number, text in enumerate(DOCUMENTS):
         (folder / f"{number}.txt").write_text(text, encoding="utf-8")
     manifest = sources.resolve([SourceConfig(path=str(folder))])
-    found = data.validation(manifest, threshold=2**64, tokenizer=tok, seq_len=SEQ_LEN, extra=2, tokens=10**6)
+    encoder = tokenizer.Encoder(tok)
+    found = data.validation(manifest, threshold=2**64, encoder=encoder, seq_len=SEQ_LEN, extra=2, tokens=10**6)
     assert found.num_documents == len(DOCUMENTS) and found.num_tokens % SEQ_LEN
     return found
 
@@ -75,10 +76,33 @@ def test_loss_and_bits_per_byte_of_the_documents(model: DeepSeekV3, tok: Any, he
     assert scores == pytest.approx(expected, rel=1e-5)
 
 
+def test_isolated_documents(model: DeepSeekV3, tok: Any, held_out: Validation) -> None:
+    """A row's documents one by one: each begins at its EOS, or at the row's start, and sees nothing before."""
+    stream = [tok.eos_token_id]
+    for text in DOCUMENTS:
+        stream += [*tok.encode(text, add_special_tokens=False), tok.eos_token_id]
+    nats, parts = 0.0, 0
+    for row in range(0, len(stream) - 1, SEQ_LEN):
+        end = min(row + SEQ_LEN, len(stream) - 1)
+        starts = [row, *(at for at in range(row + 1, end) if stream[at] == tok.eos_token_id)]
+        for start, stop in zip(starts, [*starts[1:], end], strict=True):
+            with torch.no_grad():
+                logits = model(torch.tensor([stream[start:stop]]))
+            assert isinstance(logits, Tensor)
+            targets = torch.tensor(stream[start + 1 : stop + 1])
+            nats += F.cross_entropy(logits[0].double(), targets, reduction="sum").item()
+            parts += 1
+    assert parts > len(held_out.tokens)
+    scores = evaluate(model, held_out, rows=3, mesh=ALONE, eos=tok.eos_token_id)
+    assert scores["val_loss"] == pytest.approx(nats / (len(stream) - 1), rel=1e-5)
+    crossing = evaluate(model, held_out, rows=3, mesh=ALONE)
+    assert scores["val_loss"] != pytest.approx(crossing["val_loss"], rel=1e-3)
+
+
 def counted(model: DeepSeekV3, seen: list[int]) -> Any:
     """The model, noting how many rows it is given at a time."""
 
-    def hidden(tokens: Tensor) -> Any:
+    def hidden(tokens: Tensor, **_: object) -> Any:
         seen.append(len(tokens))
         return model.hidden(tokens)
 
@@ -144,7 +168,7 @@ def test_scores_that_are_not_finite_are_null(tmp_path: Path) -> None:
     """A model on its way to infinity still gets its metrics line and its checkpoint."""
     model: Any = SimpleNamespace(
         paths=OpsConfig(),
-        hidden=lambda tokens: (torch.full((1, 2, 3), float("inf")), []),
+        hidden=lambda tokens, **_: (torch.full((1, 2, 3), float("inf")), []),
         lm_head=torch.nn.Linear(3, 5),
     )
     rows = torch.zeros(1, 2, dtype=torch.int64)

@@ -17,18 +17,18 @@ from model import moe_layers
 def test_loss_parts_add_up_to_what_is_optimised() -> None:
     config = configuration.load("quickstart", ["model.aux_loss_alpha=0.5"])
     # nats of the main and the MTP head, correct ones of both, balance; over 8 tokens in 2 rows
-    metrics = step_metrics([16.0, 24.0, 4.0, 2.0, 3.0], tokens=8, rows=2, mtp_weight=0.3, config=config)
+    metrics = step_metrics([16.0, 24.0, 4.0, 2.0, 3.0], num_targets=(8, 8), rows=2, mtp_weight=0.3, config=config)
     assert metrics == pytest.approx({
         "loss": 2.0, "accuracy": 0.5, "balance_loss": 1.5, "mtp_loss": 3.0, "mtp_accuracy": 0.25,
         "total_loss": 2.0 + 0.5 * 1.5 + 0.3 * 3.0,
     })  # fmt: skip
     without = configuration.load("quickstart", ["model.num_nextn_predict_layers=0"])
-    assert "mtp_loss" not in step_metrics([16.0, 4.0, 3.0], tokens=8, rows=2, mtp_weight=0.3, config=without)
+    assert "mtp_loss" not in step_metrics([16.0, 4.0, 3.0], num_targets=(8, 8), rows=2, mtp_weight=0.3, config=without)
 
 
 def test_what_is_not_finite_is_null() -> None:
     config = configuration.load("quickstart")
-    metrics = step_metrics([math.nan, 24.0, 4.0, 2.0, 3.0], tokens=8, rows=2, mtp_weight=0.3, config=config)
+    metrics = step_metrics([math.nan, 24.0, 4.0, 2.0, 3.0], num_targets=(8, 8), rows=2, mtp_weight=0.3, config=config)
     assert metrics["loss"] is None and metrics["total_loss"] is None and metrics["mtp_loss"] == 3.0
 
 

@@ -334,19 +334,146 @@ def test_recompute_changes_nothing_and_routes_once(recompute: Recompute, monkeyp
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="needs torch 2.10")
 @pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")  # of its own tracing
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_blocks_compile_without_a_graph_break(recompute: Recompute) -> None:
+@pytest.mark.parametrize(("recompute", "isolated"), [("none", False), ("full", False), ("none", True), ("full", True)])
+def test_blocks_compile_without_a_graph_break(recompute: Recompute, isolated: bool) -> None:
     """Traced and differentiated by torch.compile; what Inductor makes of it is left out, it takes minutes."""
     cfg = tiny(num_hidden_layers=2, hidden_size=32, moe_intermediate_size=16)
     tokens, targets = tokens_for(cfg), tokens_for(cfg, length=25, seed=9)
     paths = OpsConfig(experts="grouped", attention="sdpa", loss="chunked")
     plain, compiled = (build(cfg, dtype=torch.bfloat16, recompute=recompute, paths=paths) for _ in range(2))
     compiled.compile_blocks(fullgraph=True, backend="aot_eager")
+    doc_ids, positions = ops.documents(targets[:, :24], eos=int(targets[0, 7])) if isolated else (None, None)
     for model in (plain, compiled):
-        losses_of(model, tokens, targets).loss.backward()
+        losses_of(model, tokens, targets, positions=positions, doc_ids=doc_ids).loss.backward()
     for left, right in zip(plain.parameters(), compiled.parameters(), strict=True):
         assert left.grad is not None and right.grad is not None
         assert (left.grad - right.grad).abs().max() <= 1e-4 * left.grad.abs().max()
+
+
+# --- documents in a row ---
+
+EOS, WIDTH = 0, 24
+STARTS = (  # of each row's documents
+    (0, 7, 8, 15),  # one of a single token
+    (5, WIDTH),  # starts amid a document, and ends with one
+    (),  # nothing but the middle of one
+    (0, 10, WIDTH - 1, WIDTH + 1),  # one or two tokens are left of the last
+)
+
+
+def packed(cfg: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, WIDTH + 1 + depth wide, with their documents and positions."""
+    width = WIDTH + 1 + cfg.num_nextn_predict_layers
+    rows = 1 + torch.randint(cfg.vocab_size - 1, (len(STARTS), width), generator=torch.Generator().manual_seed(7))
+    for row, starts in zip(rows, STARTS, strict=True):
+        row[[start for start in starts if start < width]] = EOS
+    return rows, *ops.documents(rows, EOS)
+
+
+def apart(rows: Tensor) -> list[tuple[int, slice, Tensor, Tensor]]:
+    """Row and place, inputs and targets of every document alone. Its last target is the EOS after it."""
+    found = []
+    for number, row in enumerate(rows):
+        starts = sorted({0, *(row == EOS).nonzero().flatten().tolist()})
+        for start, stop in zip(starts, [*starts[1:], len(row)], strict=True):
+            if start < WIDTH:
+                part = slice(start, min(stop, WIDTH))
+                found.append((number, part, row[None, part], row[None, start + 1 : stop + 1]))
+    return found
+
+
+ISOLATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "depth 0": ({"num_nextn_predict_layers": 0}, {}),
+    "depth 1, no q latent": ({"q_lora_rank": None}, {}),
+    "depth 2": ({"num_nextn_predict_layers": 2}, {}),
+    "yarn": ({"rope_scaling": YARN | {"original_max_position_embeddings": 4}}, {}),
+    "padded values": (VARIANTS["narrow values"], {}),
+    "plain": ({"num_nextn_predict_layers": 2}, {"paths": OpsConfig(attention="plain")}),
+    "plain, yarn": ({"rope_scaling": YARN}, {"paths": OpsConfig(attention="plain")}),
+    "selective": ({}, {"recompute": "selective"}),
+    "full": ({"num_nextn_predict_layers": 2}, {"recompute": "full"}),
+}
+
+
+@pytest.mark.parametrize("name", ISOLATED)
+def test_isolated_documents_equal_documents_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits, every head's losses and targets, and gradients."""
+    changes, options = ISOLATED[name]
+    cfg = tiny(**changes)
+    depth = cfg.num_nextn_predict_layers
+    together, alone = build(cfg, **options), build(cfg, **options)
+    rows, doc_ids, positions = packed(cfg)
+    tokens, positions = rows[:, :WIDTH], positions[:, :WIDTH]
+    weights = LossWeights(1.0, (0.7,) * depth)
+    masks: list[int] = []
+    make = ops.document_mask
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "document_mask", lambda *args: masks.append(1) or make(*args))
+        out = losses_of(together, tokens, rows[:, 1:], positions=positions, doc_ids=doc_ids, loss_weights=weights)
+    assert len(masks) == 1  # for all layers, main and MTP
+    out.loss.backward()
+    documents = apart(rows)
+    assert len(documents) == 10
+    parts = [losses_of(alone, inputs, targets, loss_weights=weights) for *_, inputs, targets in documents]
+    torch.stack([part.loss for part in parts]).sum().backward()
+    torch.testing.assert_close(out.nats, torch.stack([part.nats for part in parts]).sum(0), atol=1e-5, rtol=1e-5)
+    for key in ("num_targets", "num_correct"):
+        assert torch.equal(getattr(out, key), torch.stack([getattr(part, key) for part in parts]).sum(0)), key
+    main = len(moe_layers(together)) - depth  # an MTP layer also routes what predicts nothing
+    assert torch.equal(out.expert_counts[:main], torch.stack([part.expert_counts for part in parts]).sum(0)[:main])
+    for (key, left), right in zip(together.named_parameters(), alone.parameters(), strict=True):
+        assert left.grad is not None and right.grad is not None
+        assert (left.grad - right.grad).abs().max() <= 1e-5 * right.grad.abs().max().clamp(min=1), key
+    with torch.no_grad():
+        logits = together(tokens, positions=positions, doc_ids=doc_ids)
+        for row, part, inputs, _ in documents:
+            assert (logits[row, part] - alone(inputs)[0]).abs().max() < 1e-5
+        assert (logits - together(tokens)).abs().max() > 1e-2  # it makes a difference
+
+
+@pytest.mark.parametrize("path", ["plain", "sdpa"])
+def test_isolated_documents_in_bf16(path: str) -> None:
+    """Dense layers: the router would choose other experts here and there."""
+    cfg = tiny(initializer_range=0.05, first_k_dense_replace=3, num_nextn_predict_layers=0)
+    model = build(cfg, dtype=torch.bfloat16, paths=OpsConfig(attention=path))  # type: ignore[arg-type]
+    rows, doc_ids, positions = packed(cfg)
+    with torch.no_grad():
+        logits = model(rows[:, :WIDTH], positions=positions[:, :WIDTH], doc_ids=doc_ids)
+        for row, part, inputs, _ in apart(rows):
+            assert (logits[row, part] - model(inputs)[0]).abs().max() < 0.03 * logits.abs().max()
+
+
+@pytest.mark.parametrize("name", ["base", "yarn"])
+def test_isolated_documents_equal_transformers(name: str) -> None:
+    cfg = tiny(**VARIANTS[name], num_nextn_predict_layers=0)
+    ours, theirs = build(cfg), hf_model(cfg)
+    theirs.load_state_dict(ours.state_dict())
+    rows, doc_ids, positions = packed(cfg)
+    with torch.no_grad():
+        logits = ours(rows[:, :WIDTH], positions=positions[:, :WIDTH], doc_ids=doc_ids)
+        for row, part, inputs, _ in apart(rows):
+            assert (logits[row, part] - theirs(inputs).logits[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("path", ["plain", "sdpa"])
+def test_exactly_no_gradient_reaches_another_document(path: str) -> None:
+    cfg = tiny(num_nextn_predict_layers=2)
+    model = build(cfg, paths=OpsConfig(attention=path))  # type: ignore[arg-type]
+    row = torch.arange(1, 16)[None]  # every token once, so that an embedding row stands for a position
+    doc_ids = torch.tensor([[0] * 4 + [1] * 5 + [2] * 6])
+    positions = torch.tensor([[*range(4), *range(5), *range(3)]])
+    targets = row[:, 1:].clone()
+    out = losses_of(model, row[:, :12], targets, positions=positions, doc_ids=doc_ids)
+    assert out.num_targets.tolist() == [12, 3 + 4 + 3, 2 + 3 + 3]
+    cut = losses_of(model, row[:, :12], targets, positions=positions, doc_ids=doc_ids[:, :12])
+    assert cut.num_targets.tolist() == [12, 3 + 4 + 2, 2 + 3 + 1]  # what is not known is another document's
+    # What predicts the tokens 6 to 10, the last of which starts the third document, is of the second one.
+    targets[(targets < 6) | (targets > 10)] = losses.IGNORE
+    losses_of(model, row[:, :12], targets, positions=positions, doc_ids=doc_ids).loss.backward()
+    gradient = model.model.embed_tokens.weight.grad
+    assert gradient is not None
+    assert gradient[5:10].abs().amax(1).min() > 0
+    assert gradient[:5].abs().max() == 0 and gradient[10:].abs().max() == 0
 
 
 def test_zero_weights_keep_every_parameter_in_the_graph() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -46,6 +49,58 @@ def test_attention_equals_the_reference(dtype: torch.dtype, widths: tuple[int, i
     for path in ("auto", "plain", "sdpa"):
         ours = gradients(lambda q, k, v, path=path: ops.attention(q, k, v, scale=0.3, path=path), leaves)
         assert_close(ours, theirs, dtype)
+
+
+def test_documents_start_at_eos() -> None:
+    tokens = torch.randint(4, (5, 40), generator=torch.Generator().manual_seed(0))
+    tokens[0, 0], tokens[1, 0], tokens[2, -1] = 3, 0, 3
+    tokens[3], tokens[4] = 0, 3  # none, and nothing else
+    doc_ids, positions = ops.documents(tokens, eos=3)
+    for row, ids, places in zip(tokens.tolist(), doc_ids.tolist(), positions.tolist(), strict=True):
+        document, place = 0, -1
+        for token, found in zip(row, zip(ids, places, strict=True), strict=True):
+            document, place = (document + 1, 0) if token == 3 else (document, place + 1)
+            assert found == (document, place)
+    assert doc_ids.dtype == positions.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("widths", [(16, 16), (24, 8)])
+@pytest.mark.parametrize("lengths", [[[7], [7]], [[1, 5, 1], [3, 4]], [[600, 13, 1], [1, 613]]])
+def test_attention_within_documents(dtype: torch.dtype, widths: tuple[int, int], lengths: list[list[int]]) -> None:
+    """Equals each document's own attention."""
+    total = sum(lengths[0])
+    shapes = [(2, 2, total, width) for width in (widths[0], *widths)]
+    leaves = [leaf(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
+
+    def apart(*qkv: Tensor) -> Tensor:
+        rows = []
+        for row, counts in enumerate(lengths):
+            parts = zip(*(tensor[row : row + 1].split(counts, dim=2) for tensor in qkv), strict=True)
+            rows.append(torch.cat([ops.attention_plain(*part, scale=0.3) for part in parts], 2))
+        return torch.cat(rows)
+
+    ids = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
+    mask = ops.document_mask(ids, dtype)
+    assert mask.shape == (2, 1, total, total) and mask.dtype == dtype and mask.isfinite().all()
+    theirs = gradients(apart, exact)
+    for path in ("auto", "plain", "sdpa"):
+        ours = gradients(lambda *qkv, path=path: ops.attention(*qkv, scale=0.3, path=path, mask_B1TS=mask), leaves)
+        assert_close(ours, theirs, dtype)
+
+
+@pytest.mark.parametrize(("path", "masked", "used"), [
+    ("flash", False, "flash"), ("flash", True, "efficient"), ("efficient", True, "efficient"), ("cudnn", True, "cudnn"),
+])  # fmt: skip
+def test_the_kernel_that_is_asked_for(path: str, masked: bool, used: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(ops, "sdpa_kernel", lambda backend: asked.append(backend) or contextlib.nullcontext())
+    q = leaf(1, 2, 6, 8)
+    mask = ops.document_mask(torch.zeros(1, 6, dtype=torch.int64), q.dtype) if masked else None
+    out = ops.attention(q, q, q, scale=0.3, path=path, mask_B1TS=mask)
+    assert asked == [ops.FUSED[used]]
+    torch.testing.assert_close(out, ops.attention_plain(q, q, q, scale=0.3))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

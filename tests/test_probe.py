@@ -87,6 +87,20 @@ def test_nothing_that_is_no_number_is_taken(monkeypatch: pytest.MonkeyPatch) -> 
     assert path == "usual" and "broken left out" in notes[0]
 
 
+@pytest.mark.parametrize("isolated", [False, True])
+def test_attention_is_timed_with_the_mask_of_the_run(isolated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "SMALL", 0)
+    masked: list[bool] = []
+    real = ops.attention
+    monkeypatch.setattr(
+        ops,
+        "attention",
+        lambda *args, **kwargs: masked.append(kwargs["mask_B1TS"] is not None) or real(*args, **kwargs),
+    )
+    chosen(f"data.document_mask={str(isolated).lower()}")
+    assert masked and set(masked) == {isolated}
+
+
 def test_compiled_fp32_does_not_take_the_grouped_product() -> None:
     assert chosen("train.compile=true")[0].experts == "loop"  # torch compiles it for bf16 only
     assert chosen("train.compile=true", dtype=torch.bfloat16)[0].experts == USUAL

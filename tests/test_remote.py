@@ -46,6 +46,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(remote, "time", clock)
+    monkeypatch.setattr(remote, "_sleep", clock.sleep)
     return clock
 
 

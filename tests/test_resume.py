@@ -64,10 +64,10 @@ def test_neither_place_nor_name_of_the_run_is_in_the_state() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"schema": 2}, "not of schema 1; written by another version"),
-        ({}, "not of schema 1"),
-        ({"schema": 1, "step": 3}, "config: Field required"),
-        ({"schema": 1, **vars(STATE), "surprise": 1}, "surprise"),
+        ({"schema": 1}, "not of schema 2; written by another version"),
+        ({}, "not of schema 2"),
+        ({"schema": 2, "step": 3}, "config: Field required"),
+        ({"schema": 2, **vars(STATE), "surprise": 1}, "surprise"),
         ([], "not a JSON object"),
     ],
 )

@@ -1,5 +1,6 @@
 """sources.py and remote.py: every format, every mistake, and the Hub's path against a server on this machine."""
 
+import gzip
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import documents
 import remote
 import sources
 from config import SourceConfig, UserError
+from documents import document_hash, read_unit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,11 +31,11 @@ def resolve(path, **settings):
 
 
 def texts(manifest):
-    return [text for unit in manifest.units for text in sources.read_unit(unit).texts]
+    return [text for unit in manifest.units for text in read_unit(unit).items]
 
 
 def skipped(manifest):
-    return sum(sources.read_unit(unit).skipped for unit in manifest.units)
+    return sum(read_unit(unit).skipped for unit in manifest.units)
 
 
 def write_parquet(path, values, row_group_size=2, column="text"):
@@ -40,6 +44,128 @@ def write_parquet(path, values, row_group_size=2, column="text"):
 
 
 # ---- formats
+
+
+def test_documents_know_their_place_hash_and_size(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["one", None, "", "two", " \n", "drei ß"], row_group_size=6)
+    (unit,) = resolve(tmp_path).units
+    read = read_unit(unit)
+    assert read.rows.tolist() == [0, 3, 5] and read.num_bytes.tolist() == [3, 3, 7]
+    assert read.hashes.tolist() == [document_hash(text) for text in ("one", "two", "drei ß")]
+    (tmp_path / "a.parquet").unlink()
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{broken\n\n{"text": "two"}\n')
+    (unit,) = resolve(tmp_path).units
+    assert read_unit(unit).rows.tolist() == [0, 3] and read_unit(unit).skipped == 1
+
+
+LINES = b"".join(json.dumps({"text": f"document {i}\n\u00e9"}).encode() + b"\n" for i in range(500))
+
+
+def compress(data, suffix):
+    import zstandard
+
+    return {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress}[suffix](
+        data
+    )
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_lines_are_unpacked_once(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(documents, "UNIT_BYTES", 4000)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "a.jsonl").write_bytes(LINES)
+    wanted = texts(resolve(tmp_path / "plain"))
+    packed = tmp_path / f"a.jsonl{suffix}"
+    packed.write_bytes(compress(LINES, suffix))
+    settings, cache = [SourceConfig(path=str(packed))], str(tmp_path / "cache")
+    manifest = sources.resolve(settings, cache)
+    assert texts(manifest) == wanted and len(wanted) == 500 and len(manifest.units) > 3
+    assert all(unit.name == str(packed) for unit in manifest.units)
+    (kept,) = (tmp_path / "cache" / "plain-text").iterdir()
+    before = kept.stat().st_mtime_ns
+    monkeypatch.setattr(sources, "_decompressed", lambda *_: pytest.fail("unpacked again"))
+    assert sources.resolve(settings, cache) == manifest and kept.stat().st_mtime_ns == before
+    shutil.copytree(tmp_path / "cache", tmp_path / "elsewhere")
+    assert sources.resolve(settings, str(tmp_path / "elsewhere")).fingerprint == manifest.fingerprint
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_text_is_text(tmp_path, suffix):
+    blocks = "\n\n".join(f"paragraph {i} " + "word " * 200 for i in range(60)).encode()
+    (tmp_path / "a.txt").write_bytes(blocks)
+    wanted = texts(resolve(tmp_path / "a.txt"))
+    packed = tmp_path / f"b.txt{suffix}"
+    packed.write_bytes(compress(blocks, suffix))
+    assert (
+        texts(sources.resolve([SourceConfig(path=str(packed))], str(tmp_path / "cache"))) == wanted and len(wanted) > 5
+    )
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_damaged_archives_are_one_line_and_leave_nothing(tmp_path, suffix):
+    whole = compress(os.urandom(100_000).hex().encode(), suffix)
+    for number, data in enumerate(
+        (whole[: len(whole) // 2], b"no archive at all", whole[:2000] + b"xx" + whole[2002:])
+    ):
+        path = tmp_path / f"{number}.jsonl{suffix}"
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=rf"{number}.jsonl{suffix} is damaged: ") as caught:
+            sources.resolve([SourceConfig(path=str(path))], str(tmp_path / "cache"))
+        assert "\n" not in str(caught.value) and not list((tmp_path / "cache" / "plain-text").iterdir())
+
+
+def test_a_bomb_stops_before_the_disk_is_full(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"x" * 50_000_000))
+    monkeypatch.setattr(sources, "SPARE_BYTES", 1 << 60)
+    with pytest.raises(UserError, match=r"a.jsonl.gz: too little space for its text in .*; see data.cache"):
+        sources.resolve([SourceConfig(path=str(tmp_path / "a.jsonl.gz"))], str(tmp_path / "cache"))
+    assert not list((tmp_path / "cache" / "plain-text").iterdir())
+
+
+def test_json_arrays_and_json_lines(tmp_path):
+    (tmp_path / "lines.json").write_bytes(LINES)
+    (tmp_path / "array.json").write_text(json.dumps([{"text": "a\nb"}, {"text": 1}, {"text": "c"}], indent=2))
+    (tmp_path / "array.json.gz").write_bytes(gzip.compress((tmp_path / "array.json").read_bytes()))
+    cache = str(tmp_path / "cache")
+    read = {
+        name: sources.resolve([SourceConfig(path=str(tmp_path / name))], cache)
+        for name in ("lines.json", "array.json", "array.json.gz")
+    }
+    assert len(texts(read["lines.json"])) == 500
+    for name in ("array.json", "array.json.gz"):
+        assert texts(read[name]) == ["a\nb", "c"] and skipped(read[name]) == 1
+    for content, said in (
+        ('{"text": "a"', "neither a JSON array nor"),
+        ('"text"', "found a str"),
+        ("[1]", "found a int"),
+    ):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(UserError, match=said):
+            sources.resolve([SourceConfig(path=str(tmp_path / "bad.json"))], cache)
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_arrow_record_batches_are_units(tmp_path, kind):
+    table = pa.table({"text": ["one", None, "two", "", "drei ß"], "other": [1, 2, 3, 4, 5]})
+    make = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+    with make(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    manifest = resolve(tmp_path / "a.arrow")
+    assert [unit.start for unit in manifest.units] == [0, 1, 2] and texts(manifest) == ["one", "two", "drei ß"]
+    with pytest.raises(UserError, match=r"no text column 'body' \(text_field\); its columns: text \(string\), other"):
+        resolve(tmp_path / "a.arrow", text_field="body")
+    (tmp_path / "a.arrow").write_bytes(b"ARROW1 or not")
+    documents._arrow.cache_clear()
+    with pytest.raises(UserError, match="is not a readable Arrow file"):
+        resolve(tmp_path / "a.arrow")
+
+
+def test_what_datasets_saves_is_read(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": [f"document {i}" for i in range(2500)]}).save_to_disk(tmp_path / "saved")
+    manifest = resolve(tmp_path / "saved" / "*.arrow")
+    assert texts(manifest) == [f"document {i}" for i in range(2500)] and len(manifest.units) == 3
 
 
 def test_parquet_row_groups_are_units(tmp_path):
@@ -121,8 +247,8 @@ def test_units_part_a_text_file(tmp_path, monkeypatch, unit_bytes):
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     blocks = [f"block {i}\n{'y' * (i * 53 % 90)}" + "\n" * (i % 3) for i in range(40)]
     (tmp_path / "b.txt").write_text("\n\n".join(blocks))
-    monkeypatch.setattr(sources, "UNIT_BYTES", unit_bytes)
-    monkeypatch.setattr(sources, "BLOCK_DOCUMENT_BYTES", 1)
+    monkeypatch.setattr(documents, "UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr(documents, "BLOCK_DOCUMENT_BYTES", 1)
     assert texts(resolve(tmp_path / "a.jsonl")) == [json.loads(line)["text"] for line in lines]
     lines = [line for text in texts(resolve(tmp_path / "b.txt")) for line in text.split("\n")]
     assert [line for line in lines if line.startswith("b")] == [f"block {i}" for i in range(40)]
@@ -182,9 +308,9 @@ def test_mistakes_say_what_to_do(tmp_path, monkeypatch):
         "a.jsonl": "no key 'text' .text_field.; its keys: content",
         "list.jsonl": "expected one JSON object a line, found a list",
         "broken.parquet": "not a readable Parquet",
-        "notes.docx": "expected one of .parquet .jsonl .txt",
+        "notes.docx": "expected one of .parquet .arrow .jsonl .json .txt",
         "empty.txt": "holds no documents",
-        "none": "holds no .parquet .jsonl .txt file",
+        "none": "holds no file of .parquet .arrow",
     }.items():
         with pytest.raises(UserError, match=message) as caught:
             resolve(path)
@@ -197,7 +323,7 @@ def test_a_file_that_goes_away(tmp_path):
     manifest = resolve(tmp_path / "a.txt")
     (tmp_path / "a.txt").unlink()
     with pytest.raises(UserError, match="cannot be read"):
-        sources.read_unit(manifest.units[0])
+        read_unit(manifest.units[0])
 
 
 # ---- the Hub
@@ -216,11 +342,13 @@ HUB_CLIENT = """
 import json, sys
 import remote, sources
 from config import SourceConfig, UserError
+from documents import read_unit
+remote.TIMEOUT_SEC = 2
 results = []
 for settings in json.loads(sys.argv[1]):
     try:
         manifest = sources.resolve([SourceConfig(**settings)])
-        documents = [text for unit in manifest.units for text in sources.read_unit(unit).texts]
+        documents = [text for unit in manifest.units for text in read_unit(unit).items]
         results.append([manifest.fingerprint, [unit.path for unit in manifest.units], documents])
     except UserError as error:
         results.append(str(error))
@@ -258,18 +386,19 @@ def test_hub_row_groups_stream_by_ranges_through_faults(tmp_path):
         {**base, "text_field": "body"},
         {**base, "revision": "nope"},
         {**base, "path": "owner/other"},
-        {**base, "name": "csv"},
     ]
     with fake_hub.FakeHub("owner/set", files) as hub:
-        hub.faults = ["", "", "429", "", "503", "", "reset", "", "truncate"]  # the first two are the footers
+        hub.faults = ["", "", "429", "", "503", "", "reset", "429 wait", "truncate", "403", "stall"]  # footers first
         first, pinned, *problems = ask_hub(asked, hub.endpoint, tmp_path)
         log, sent_bytes = hub.log, hub.sent_bytes
     assert not hub.faults
     assert first[2] == pinned[2] == documents and first[0] == pinned[0]
     assert first[1][0] == f"hf://datasets/owner/set@{fake_hub.COMMIT}/sample/10BT/000_00000.parquet"
     ranges = [path for method, path, span in log if span]
-    assert len(ranges) == 2 + 2 * 5 + 4  # footers once, a request for each row group, four tried again
+    assert len(ranges) == 2 + 2 * 5 + 7  # footers once, a request for each row group, seven tried again
     assert not [path for method, path, span in log if method == "GET" and path.endswith(".parquet") and not span]
+    resolved = Counter(path for _, path, _ in log if "/resolve/" in path and path.endswith("_00000.parquet"))
+    assert sorted(resolved.values()) == [1, 2]  # once a file; twice where the address had run out
     assert sent_bytes < 0.8 * sum(map(len, shards.values()))  # mostly the footers' 64 KiB
     messages = [
         "'sample-1BT': BuilderConfig 'sample-1BT' not found. Available: ['default', 'sample-10BT', 'csv']",
@@ -277,10 +406,28 @@ def test_hub_row_groups_stream_by_ranges_through_faults(tmp_path):
         "no text column 'body'",
         "no such revision",
         "no such repository on the Hub",
-        "keeps its data in '.csv' files",
     ]
     for problem, message in zip(problems, messages, strict=True):
         assert message in problem and "\n" not in problem
+
+
+def test_a_hub_dataset_of_other_files_goes_through_datasets(tmp_path):
+    lines = "".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(30)).encode()
+    files = {"README.md": CARD, "data/0.jsonl": lines, "sample/10BT/a.jsonl": b"{x\n"}
+    asked = [
+        {"path": "owner/set"},
+        {"path": "owner/set", "text_field": "body"},
+        {"path": "owner/set", "name": "sample-10BT"},
+    ]
+    with fake_hub.FakeHub("owner/set", files) as hub:
+        found, no_column, broken = ask_hub(asked, hub.endpoint, tmp_path / "first")
+        again, *_ = ask_hub(asked, hub.endpoint, tmp_path / "second")
+    assert found[2] == [f"line {i}" for i in range(30)] and found[1][0].endswith(".arrow") and again[0] == found[0]
+    assert f"owner/set@{fake_hub.COMMIT} has no text column 'body'" in no_column
+    assert "Hub dataset 'owner/set': JSON parse error" in broken and "\n" not in broken
+    with fake_hub.FakeHub("owner/set", {"a.csv": b"text\none\ntwo\n"}) as hub:
+        (found,) = ask_hub([{"path": "owner/set"}], hub.endpoint, tmp_path / "third")
+    assert found[2] == ["one", "two"]
 
 
 @pytest.mark.parametrize("setting", [{}, {"HF_HUB_OFFLINE": "1"}])
@@ -325,8 +472,8 @@ def test_retries_are_bounded_and_only_for_what_may_pass(monkeypatch):
 def test_a_book_in_one_line_is_cut(tmp_path: Path, line: str) -> None:
     (tmp_path / "book.txt").write_text(line, encoding="utf-8")
     manifest = sources.resolve([SourceConfig(path=str(tmp_path / "book.txt"))])
-    texts = [text for unit in manifest.units for text in sources.read_unit(unit).texts]
-    assert len(texts) > 10 and max(map(len, texts)) <= 2 * sources.BLOCK_DOCUMENT_BYTES
+    texts = [text for unit in manifest.units for text in read_unit(unit).items]
+    assert len(texts) > 10 and max(map(len, texts)) <= 2 * documents.BLOCK_DOCUMENT_BYTES
     assert "".join("".join(texts).split()) == "".join(line.split())
 
 

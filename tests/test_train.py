@@ -395,7 +395,7 @@ def test_the_data_going_away_saves_what_was_learned(tiny, tmp_path: Path, capsys
 
     def gone(clock, loader, stop):
         batch = real(clock, loader, stop)
-        return train.UserError("the Hub is gone") if batch.cursor.to_dict()["offset"] > 1500 else batch
+        return train.UserError("the Hub is gone") if batch.cursor.places[0].offset > 1500 else batch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "next_batch", gone)

@@ -1,0 +1,273 @@
+"""Token shards: the ids of a unit's documents in a safetensors file, mapped when read.
+
+A folder of shards holds `unit-00000012.safetensors` for each unit, the tokenizer, and `index.json`, which says what the
+units were made of. Streaming the sources and reading such a folder gives the same units with the same documents in the
+same order, so training on either is the same. Nothing in a file depends on time, machine or where the folder lies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from config import SourceConfig, UserError
+from documents import Documents, Manifest, Stream, Unit
+
+INDEX = "index.json"
+FORMAT = "deepseek-tokens-1"
+DTYPES = {"U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "I64": np.int64}
+TENSORS = {  # name: the dtypes it may have, in the order that is hashed
+    "tokens": ("U16", "U32"), "ends": ("I64",), "rows": ("U32",), "hashes": ("U64",), "num_bytes": ("U32",),
+}  # fmt: skip
+MOST_HEADER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a folder holds; `streams`: names, weight, epochs and number of units of each."""
+
+    identities: list[str]
+    streams: list[dict[str, Any]]
+    num_units: int  # of the sources, whether all are here or not
+    complete: bool
+    tokenizer: str  # fingerprint
+    vocab_size: int
+    eos: int
+
+    def write(self, folder: Path) -> None:
+        write_file(folder / INDEX, (json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n").encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> Index:
+        try:
+            values = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            if values.pop("format", None) != FORMAT:
+                raise ValueError(f"not of format {FORMAT}")
+            return cls(**values)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / INDEX}: no index of token shards: {error}") from None
+
+    @classmethod
+    def of(cls, manifest: Manifest, tokenizer: Any, fingerprint: str, *, complete: bool) -> Index:
+        streams = [
+            {"names": list(s.names), "weight": s.weight, "epochs": s.epochs, "units": len(s.units)}
+            for s in manifest.streams
+        ]
+        return cls(
+            list(manifest.identities), streams, len(manifest.units), complete, fingerprint, len(tokenizer),
+            tokenizer.eos_token_id,
+        )  # fmt: skip
+
+
+def file_name(number: int) -> str:
+    return f"unit-{number:08d}.safetensors"
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write it whole or not at all, whoever else writes it."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def pack(documents: Documents, ids: Sequence[np.ndarray | None]) -> Documents:
+    """The documents of a unit as ids; what the tokenizer refused keeps its place, without any."""
+    empty = np.zeros(0, dtype=np.int32)
+    return documents._replace(items=[empty if found is None else found for found in ids])
+
+
+def to_bytes(number: int, unit: Unit, documents: Documents, *, tokenizer: str, vocab_size: int) -> bytes:
+    """A shard's file. `documents` as `pack` makes them."""
+    kind = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    ends = np.cumsum([len(ids) for ids in documents.items], dtype=np.int64)
+    tokens = np.concatenate(documents.items).astype(kind) if len(ends) else np.zeros(0, kind)
+    tensors = {
+        "tokens": tokens, "ends": ends, "rows": documents.rows, "hashes": documents.hashes,
+        "num_bytes": documents.num_bytes,
+    }  # fmt: skip
+    described = {
+        "format": FORMAT,
+        "unit": str(number),
+        "source": json.dumps(_provenance(unit), sort_keys=True),
+        "tokenizer": tokenizer,
+        "skipped": str(documents.skipped),
+        "sha256": _digest(tensors),
+    }
+    return _sorted_metadata(save(tensors, described))
+
+
+def _sorted_metadata(raw: bytes) -> bytes:
+    """The same file with its header's keys in order: safetensors keeps metadata in a hash map of no order."""
+    length = int.from_bytes(raw[:8], "little")
+    header = json.dumps(json.loads(raw[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + raw[8 + length :]
+
+
+def _provenance(unit: Unit) -> dict[str, Any]:
+    """Of local files the last part of the path: where they lay is nobody's affair."""
+    path = unit.name or unit.path
+    local = "://" not in path and Path(path).is_absolute()
+    return {
+        "path": Path(path).name if local else path, "kind": unit.kind, "start": unit.start, "stop": unit.stop,
+        "text_field": unit.text_field,
+    }  # fmt: skip
+
+
+def provenance(unit: Unit) -> str:
+    """Where a unit's documents come from, for people."""
+    if unit.kind == "tokens":
+        found = json.loads(_map(unit.path)[0]["source"])
+        where = f"{found['path']} (in {Path(unit.path).name})"
+        kind, start, stop = found["kind"], found["start"], found["stop"]
+    else:
+        where, kind, start, stop = unit.name or unit.path, unit.kind, unit.start, unit.stop
+    if kind == "file":
+        return where
+    what = {"parquet": f"row group {start}", "arrow": f"record batch {start}"}.get(kind, f"bytes {start}-{stop}")
+    return f"{where}, {what}"
+
+
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in TENSORS:
+        digest.update(np.ascontiguousarray(tensors[name]).data)
+    return digest.hexdigest()
+
+
+# ---- reading
+
+
+def read(unit: Unit) -> Documents:
+    """A shard's documents: views of the mapped file. Raises UserError, one line, for a damaged one."""
+    described, tensors = _map(unit.path)
+    tokens, ends = tensors["tokens"], tensors["ends"].tolist()
+    items = [tokens[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return Documents(items, tensors["rows"], tensors["hashes"], tensors["num_bytes"], int(described["skipped"]))
+
+
+@functools.lru_cache(maxsize=64)
+def _map(path: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """Metadata and tensors of a shard, checked whole: header, bounds, digest."""
+    try:
+        described, tensors = _parse(path)
+        ends = tensors["ends"]
+        sizes = {len(tensors[name]) for name in TENSORS if name != "tokens"}
+        if len(sizes) != 1 or described.get("format") != FORMAT:
+            raise ValueError("its parts do not belong together")
+        if len(ends) and (ends[0] < 0 or ends[-1] != len(tensors["tokens"]) or (np.diff(ends) < 0).any()):
+            raise ValueError("its documents lie outside of it")
+        if _digest(tensors) != described["sha256"]:
+            raise ValueError("its SHA-256 is not the one it was written with")
+        int(described["skipped"])
+        return described, tensors
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"data.sources: {path} is no token shard, or a damaged one: {error!r}"[:400]) from None
+
+
+def _parse(path: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(MOST_HEADER_BYTES, size - 8):
+            raise ValueError("no safetensors header")
+        header = json.loads(file.read(length))
+    data = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + length) if size > 8 + length else np.zeros(0, np.uint8)
+    tensors = {}
+    for name, allowed in TENSORS.items():
+        entry = header[name]
+        start, stop = entry["data_offsets"]
+        (count,) = entry["shape"]
+        if entry["dtype"] not in allowed or not 0 <= start <= stop <= len(data):
+            raise ValueError(f"{name} is not what it should be")
+        kind = np.dtype(DTYPES[entry["dtype"]])
+        if count * kind.itemsize != stop - start:
+            raise ValueError(f"{name} is not as long as it says")
+        tensors[name] = np.asarray(data)[start:stop].view(kind)
+    return header["__metadata__"], tensors
+
+
+def resolve_folder(folder: Path, source: SourceConfig) -> tuple[list[Stream], list[str]]:
+    """The streams of a folder of shards, and its identities: those of the sources it was made from, if it is complete.
+
+    Made from several weighted sources it keeps their weights; the configuration's own apply to a folder of one.
+    """
+    index = Index.read(folder)
+    paths = [folder.absolute() / file_name(number) for number in range(index.num_units)]
+    there = [path.is_file() for path in paths]
+    if index.complete and not all(there):
+        raise UserError(
+            f"data.sources: {folder} lacks {paths[there.index(False)].name}; run scripts/prepare_data.py again"
+        )
+    streams, first = [], 0
+    for part in index.streams:
+        numbers = range(first, first + part["units"])
+        units = tuple(Unit("tokens", str(paths[n]), n, n + 1, paths[n].stat().st_size, "") for n in numbers if there[n])
+        first += part["units"]
+        streams.append(Stream(tuple(part["names"]), units, part["weight"], part["epochs"]))
+    identities = list(index.identities)
+    if not all(there):
+        identities.append(json.dumps(["of its units", [n for n, found in enumerate(there) if found]]))
+    if len(streams) == 1:
+        return [Stream((source.path,), streams[0].units, source.weight or 1.0, source.epochs)], identities
+    return streams, identities
+
+
+def check_tokenizer(manifest: Manifest, fingerprint: str) -> None:
+    """Raise UserError where shards were made with another tokenizer."""
+    for folder in sorted({Path(unit.path).parent for unit in manifest.units if unit.kind == "tokens"}):
+        if Index.read(folder).tokenizer != fingerprint:
+            raise UserError(
+                f"data.tokenizer: the shards in {folder} were made with another one; "
+                f"theirs is data.tokenizer={folder / 'tokenizer'}"
+            )
+
+
+# ---- written while streaming
+
+
+class Cache:
+    """`data.cache`: a folder of shards that fills while the sources are streamed, and is read where it is filled."""
+
+    def __init__(self, folder: Path, manifest: Manifest, tokenizer: Any, fingerprint: str):
+        self.folder = folder / f"{manifest.fingerprint[:16]}-{fingerprint[:16]}"
+        self.fingerprint, self.vocab_size = fingerprint, len(tokenizer)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / INDEX).is_file():
+                Index.of(manifest, tokenizer, fingerprint, complete=False).write(self.folder)
+        except OSError as error:
+            raise UserError(f"data.cache = {str(folder)!r} cannot be written: {error.strerror}") from None
+
+    def get(self, number: int, unit: Unit) -> Documents | None:
+        """The unit's documents; None where they are not there yet, or damaged."""
+        path = self.folder / file_name(number)
+        if not path.is_file():
+            return None
+        with contextlib.suppress(UserError):  # it will be written again
+            return read(Unit("tokens", str(path), number, number + 1, 0, ""))
+        return None
+
+    def put(self, number: int, unit: Unit, documents: Documents, ids: Sequence[np.ndarray | None]) -> Documents:
+        """Keep them, if there is room; from several processes at once they are the same bytes."""
+        packed = pack(documents, ids)
+        with contextlib.suppress(OSError):  # a full disk is no reason to stop: it is a cache
+            data = to_bytes(number, unit, packed, tokenizer=self.fingerprint, vocab_size=self.vocab_size)
+            write_file(self.folder / file_name(number), data)
+        return packed

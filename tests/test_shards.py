@@ -1,0 +1,310 @@
+"""shards.py: the file, what damage does to it, the folder as a source, and the cache; training sees the same rows."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save
+
+import data
+import shards
+import sources
+import stream
+import tokenizer
+from config import SourceConfig, UserError
+from documents import Unit, read_unit, text_documents
+from shards import Cache, Index
+from stream import Cursor, Feed
+
+TEXTS = ["the cat", "sat on", "the mat", "and the dog lay down", "é", "good night"] * 40
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return tokenizer.train_bpe(TEXTS, 300)
+
+
+@pytest.fixture(scope="module")
+def encoder(tok):
+    return tokenizer.Encoder(tok)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Two sources, and the manifest of either or both."""
+    unique = [f"{text} {i}" for i, text in enumerate(TEXTS)]
+    for name, part in (("a", unique[:150]), ("b", unique[150:])):
+        pq.write_table(pa.table({"text": part}), tmp_path / f"{name}.parquet", row_group_size=20)
+    return lambda *names, **settings: sources.resolve(
+        [SourceConfig(path=str(tmp_path / f"{name}.parquet"), **settings) for name in names]
+    )
+
+
+def prepare(folder, manifest, tok, *, complete=True, units=None):
+    """What scripts/prepare_data.py writes, but for the tokenizer's files."""
+    encoder, fingerprint = tokenizer.Encoder(tok), tokenizer.fingerprint(tok)
+    folder.mkdir()
+    for number, unit in enumerate(manifest.units[:units]):
+        documents = read_unit(unit)
+        packed = shards.pack(documents, encoder(documents.items))
+        made = shards.to_bytes(number, unit, packed, tokenizer=fingerprint, vocab_size=len(tok))
+        shards.write_file(folder / shards.file_name(number), made)
+    Index.of(manifest, tok, fingerprint, complete=complete).write(folder)
+    return folder
+
+
+def feed(manifest, encoder, **changes):
+    settings = {"seq_len": 24, "extra": 2, "rows": 4, "seed": 1, "cursor": Cursor(), "shuffle_window": 3}
+    threshold = data.split_threshold(manifest, 0.1)
+    return Feed(manifest=manifest, encoder=encoder, threshold=threshold, **settings | changes)
+
+
+def rows_of(manifest, encoder, count=60, **changes):
+    batches = list(itertools.islice(feed(manifest, encoder, **changes).batches(), count))
+    return np.concatenate([batch.tokens for batch in batches]), [batch.cursor for batch in batches]
+
+
+# ---- the file
+
+
+def test_a_shard_is_a_safetensors_file_of_what_was_read(tmp_path, encoder, tok):
+    documents = text_documents(["one", "", "two words", None, "three"], skipped=7)
+    ids = encoder(documents.items)
+    unit = Unit("parquet", "/somewhere/else/a.parquet", 3, 4, 999, "text")
+    packed = shards.pack(documents, [ids[0], None, ids[2]])
+    made = shards.to_bytes(12, unit, packed, tokenizer="f" * 64, vocab_size=len(tok))
+    assert made == shards.to_bytes(12, unit, packed, tokenizer="f" * 64, vocab_size=len(tok))
+    path = tmp_path / shards.file_name(12)
+    shards.write_file(path, made)
+    with safe_open(str(path), "numpy") as file:  # nobody needs this project to read it
+        assert file.get_tensor("tokens").tolist() == [*ids[0], *ids[2]] and file.get_tensor("tokens").dtype == np.uint16
+        described = file.metadata()
+    assert b"somewhere" not in made and json.loads(described["source"])["path"] == "a.parquet"
+    read = shards.read(Unit("tokens", str(path), 12, 13, len(made), ""))
+    assert [item.tolist() for item in read.items] == [ids[0].tolist(), [], ids[2].tolist()]
+    assert read.rows.tolist() == [0, 2, 4] and read.hashes.tolist() == documents.hashes.tolist()
+    assert read.num_bytes.tolist() == [3, 9, 5] and read.skipped == 7
+    assert "a.parquet (in unit-00000012.safetensors), row group 3" in shards.provenance(
+        Unit("tokens", str(path), 12, 13, len(made), "")
+    )
+    wide = shards.to_bytes(12, unit, packed, tokenizer="", vocab_size=100_000)
+    shards.write_file(path, wide)
+    with safe_open(str(path), "numpy") as file:
+        assert file.get_tensor("tokens").dtype == np.uint32
+
+
+def test_an_empty_unit_is_a_shard(tmp_path):
+    packed = shards.pack(text_documents([]), [])
+    shards.write_file(
+        tmp_path / "a", shards.to_bytes(0, Unit("jsonl", "a", 0, 1, 1, ""), packed, tokenizer="", vocab_size=9)
+    )
+    assert shards.read(Unit("tokens", str(tmp_path / "a"), 0, 1, 0, "")).items == []
+
+
+def good_shard():
+    packed = shards.pack(text_documents(["one", "two"]), [np.arange(3), np.arange(5)])
+    return shards.to_bytes(0, Unit("jsonl", "a", 0, 1, 1, ""), packed, tokenizer="", vocab_size=99)
+
+
+def lying(name, value):
+    """A shard whose header says something else."""
+    raw = good_shard()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header[name] |= value
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + raw[8 + length :]
+
+
+DAMAGE = {
+    "empty": b"",
+    "short": good_shard()[:100],
+    "cut": good_shard()[:-1],
+    "a bit": good_shard()[:-3] + bytes([good_shard()[-3] ^ 1]) + good_shard()[-2:],
+    "no header": (2**63).to_bytes(8, "little") + b"{}",
+    "a large header": (2**40).to_bytes(8, "little") + b"{" * 100,
+    "deep": (90_000).to_bytes(8, "little") + b"[" * 90_000,
+    "other tensors": save({"a": np.zeros(3)}),
+    "huge": lying("tokens", {"shape": [2**60], "data_offsets": [0, 2**61]}),
+    "negative": lying("tokens", {"shape": [-1], "data_offsets": [8, 0]}),
+    "another dtype": lying("tokens", {"dtype": "F64"}),
+    "two dimensions": lying("ends", {"shape": [1, 2]}),
+    "lists": lying("ends", {"data_offsets": "ab"}),
+    "no digest": lying("__metadata__", {"sha256": ""}),
+    "no format": lying("__metadata__", {"format": "x"}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=str)
+def test_damage_is_one_line_at_once(tmp_path, damage):
+    path = tmp_path / f"{damage}.safetensors"
+    path.write_bytes(DAMAGE[damage])
+    start = time.monotonic()
+    with pytest.raises(UserError, match="is no token shard, or a damaged one") as caught:
+        shards.read(Unit("tokens", str(path), 0, 1, 0, ""))
+    assert time.monotonic() - start < 1 and "\n" not in str(caught.value)
+
+
+def test_every_bit_of_a_shard_counts(tmp_path):
+    """Each byte of the tensors, and of what the header says of them."""
+    whole = good_shard()
+    start = whole.index(b'"__metadata__"')
+    length = int.from_bytes(whole[:8], "little")
+    kept = {"tokens", "ends", "rows", "hashes", "num_bytes"}
+    unnoticed = []
+    for place in range(start, len(whole), 1):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path = tmp_path / f"{place}"
+        path.write_bytes(damaged)
+        try:
+            read = shards.read(Unit("tokens", str(path), 0, 1, 0, ""))
+        except UserError:
+            continue
+        assert [item.tolist() for item in read.items] == [[0, 1, 2], [0, 1, 2, 3, 4]]
+        assert place < 8 + length, "a changed token went unnoticed"
+        unnoticed.append(place)
+    assert unnoticed and kept  # names of files and the like, and blanks
+
+
+# ---- the folder
+
+
+@pytest.mark.parametrize("changes", [{}, {"packing": "best_fit"}, {"seed": 9, "shuffle_window": 2}])
+def test_training_on_shards_is_training_on_the_sources(tmp_path, texts, encoder, tok, changes):
+    streamed = texts("a", "b")
+    folder = prepare(tmp_path / "shards", streamed, tok)
+    mapped = sources.resolve([SourceConfig(path=str(folder))])
+    assert mapped.fingerprint == streamed.fingerprint and {unit.kind for unit in mapped.units} == {"tokens"}
+    left, right = rows_of(streamed, encoder, **changes), rows_of(mapped, encoder, **changes)
+    assert np.array_equal(left[0], right[0]) and left[1] == right[1]
+    assert data.split_threshold(mapped, 0.1) == data.split_threshold(streamed, 0.1)
+    settings = {"threshold": data.split_threshold(mapped, 0.1), "encoder": encoder, "seq_len": 24, "extra": 2}
+    ours, theirs = (data.validation(manifest, tokens=500, **settings) for manifest in (mapped, streamed))
+    assert ours.tokens.equal(theirs.tokens) and ours.num_bytes == theirs.num_bytes > 0
+    elsewhere = shutil.copytree(folder, tmp_path / "moved" / "shards")
+    assert sources.resolve([SourceConfig(path=str(elsewhere))]).fingerprint == streamed.fingerprint
+
+
+def test_a_document_the_tokenizer_refuses_changes_no_other(tmp_path, texts, encoder, tok, monkeypatch):
+    real = tokenizer.Encoder.__call__
+    refuse = lambda self, items: [None if "dog" in t else ids for t, ids in zip(items, real(self, items), strict=True)]  # noqa: E731
+    monkeypatch.setattr(tokenizer.Encoder, "__call__", refuse)
+    folder = prepare(tmp_path / "shards", texts("a"), tok)
+    left = rows_of(texts("a"), encoder)
+    right = rows_of(sources.resolve([SourceConfig(path=str(folder))]), encoder)
+    assert np.array_equal(left[0], right[0]) and left[1] == right[1]
+
+
+def test_weights_survive_and_stand_alone(tmp_path, texts, encoder, tok):
+    streamed = texts("a", "b", weight=2, epochs=3)
+    folder = prepare(tmp_path / "shards", streamed, tok)
+    mapped = sources.resolve([SourceConfig(path=str(folder))])
+    assert [(s.weight, s.epochs, len(s.units)) for s in mapped.streams] == [(2, 3, 8), (2, 3, 5)]
+    assert np.array_equal(rows_of(streamed, encoder)[0], rows_of(mapped, encoder)[0])
+    with pytest.raises(UserError, match="are of several sources with weights of their own"):
+        sources.resolve([SourceConfig(path=str(folder), weight=1)])
+    one = prepare(tmp_path / "one", texts("a"), tok)
+    two = sources.resolve([SourceConfig(path=str(one), weight=3, epochs=1), SourceConfig(path=str(one), weight=1)])
+    assert [(s.weight, s.epochs) for s in two.streams] == [(3, 1), (1, None)]
+
+
+def test_part_of_a_folder_is_another_corpus(tmp_path, texts, tok):
+    streamed = texts("a")
+    folder = prepare(tmp_path / "shards", streamed, tok, complete=False, units=3)
+    part = sources.resolve([SourceConfig(path=str(folder))])
+    assert len(part.units) == 3 and part.fingerprint != streamed.fingerprint
+    whole = prepare(tmp_path / "whole", streamed, tok)
+    (whole / shards.file_name(2)).unlink()
+    with pytest.raises(UserError, match=r"lacks unit-00000002.safetensors; run scripts/prepare_data.py again"):
+        sources.resolve([SourceConfig(path=str(whole))])
+    (whole / shards.INDEX).write_text('{"format": "something else"}')
+    with pytest.raises(UserError, match="no index of token shards"):
+        sources.resolve([SourceConfig(path=str(whole))])
+
+
+def test_another_tokenizer_is_refused(tmp_path, texts, tok):
+    folder = prepare(tmp_path / "shards", texts("a"), tok)
+    manifest = sources.resolve([SourceConfig(path=str(folder))])
+    shards.check_tokenizer(manifest, tokenizer.fingerprint(tok))
+    other = tokenizer.fingerprint(tokenizer.train_bpe(TEXTS[:3], 290))
+    with pytest.raises(
+        UserError, match=r"the shards in .*shards were made with another one; theirs is data.tokenizer="
+    ):
+        shards.check_tokenizer(manifest, other)
+
+
+# ---- the cache
+
+
+def test_the_cache_fills_while_streaming_and_is_read_afterwards(tmp_path, texts, encoder, tok, monkeypatch):
+    streamed = texts("a", "b")
+    plain = rows_of(streamed, encoder)
+    cache = Cache(tmp_path / "cache", streamed, tok, tokenizer.fingerprint(tok))
+    first = rows_of(streamed, encoder, cache=cache)
+    assert np.array_equal(first[0], plain[0]) and first[1] == plain[1]
+    kept = sorted(path.name for path in cache.folder.glob("unit-*"))
+    assert kept == [shards.file_name(number) for number in range(len(streamed.units))]
+    real = tokenizer.Encoder.__call__
+    monkeypatch.setattr(
+        tokenizer.Encoder, "__call__", lambda self, items: pytest.fail("again") if items else real(self, items)
+    )
+    monkeypatch.setattr(stream, "read_unit", lambda unit: pytest.fail("read the source again"))
+    second = rows_of(streamed, encoder, cache=Cache(tmp_path / "cache", streamed, tok, tokenizer.fingerprint(tok)))
+    assert np.array_equal(second[0], plain[0]) and second[1] == plain[1]
+    monkeypatch.undo()
+    as_source = sources.resolve([SourceConfig(path=str(cache.folder))])
+    assert as_source.fingerprint == streamed.fingerprint
+    assert np.array_equal(rows_of(as_source, encoder)[0], plain[0])
+
+
+def test_a_resume_into_the_cache_is_exact(tmp_path, texts, encoder, tok):
+    streamed = texts("a", "b")
+    cache = Cache(tmp_path / "cache", streamed, tok, tokenizer.fingerprint(tok))
+    whole = list(itertools.islice(feed(streamed, encoder).batches(), 40))
+    for start in (3, 11, 25):
+        again = itertools.islice(feed(streamed, encoder, cache=cache, cursor=whole[start].cursor).batches(), 10)
+        for left, right in zip(again, whole[start + 1 :], strict=False):
+            assert np.array_equal(left.tokens, right.tokens) and left.cursor == right.cursor
+
+
+def test_a_damaged_shard_of_the_cache_is_made_again(tmp_path, texts, encoder, tok):
+    streamed = texts("a")
+    plain = rows_of(streamed, encoder)
+    cache = Cache(tmp_path / "cache", streamed, tok, tokenizer.fingerprint(tok))
+    rows_of(streamed, encoder, cache=cache)
+    path = cache.folder / shards.file_name(1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    shards._map.cache_clear()
+    assert np.array_equal(rows_of(streamed, encoder, cache=cache)[0], plain[0]) and path.read_bytes() == whole
+
+
+def test_a_full_disk_is_no_reason_to_stop(tmp_path, texts, encoder, tok, monkeypatch):
+    streamed = texts("a")
+    plain = rows_of(streamed, encoder)
+    cache = Cache(tmp_path / "cache", streamed, tok, tokenizer.fingerprint(tok))
+
+    def full(path, data):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(shards, "write_file", full)
+    assert np.array_equal(rows_of(streamed, encoder, cache=cache)[0], plain[0])
+    assert not list(cache.folder.glob("unit-*"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data.cache = .* cannot be written"):
+        Cache(tmp_path / "file", streamed, tok, "")
+
+
+def test_the_cache_travels_to_another_process(tmp_path, texts, tok):
+    import pickle
+
+    cache = Cache(tmp_path / "cache", texts("a"), tok, tokenizer.fingerprint(tok))
+    assert dataclasses.is_dataclass(Index) and pickle.loads(pickle.dumps(cache)).folder == cache.folder

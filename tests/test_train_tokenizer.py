@@ -1,0 +1,54 @@
+"""scripts/train_tokenizer.py: held-out documents are not looked at; what it makes is what training makes."""
+
+import pytest
+import train_tokenizer
+
+import data
+import dataset
+import sources
+import tokenizer
+from config import load
+
+
+@pytest.mark.parametrize("kind", ["bpe", "chars", "bytes"])
+def test_it_makes_what_training_makes(tmp_path, capsys, kind):
+    out = tmp_path / "made"
+    arguments = ["--config", "quickstart", "--out", str(out), "--kind", kind, "--vocab-size", "600"]
+    assert train_tokenizer.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert f"({kind}), end of text is 0" in told and " bytes per token on 15 held-out documents; " in told
+    assert f"next: python train.py --config quickstart data.tokenizer={out} model.vocab_size=" in told
+    config = load("quickstart", [f"data.tokenizer={kind}", "model.vocab_size=600"])
+    assert tokenizer.fingerprint(tokenizer.load(str(out))) == dataset.open_dataset(config).fingerprint
+
+
+def test_held_out_documents_are_not_looked_at(tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    for i in range(60):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"{chr(0x4E00 + i)} common words {i}", encoding="utf-8")
+    arguments = ["--config", "quickstart", "--out", str(tmp_path / "made"), "--kind", "chars"]
+    assert train_tokenizer.main([*arguments, f"data.sources={tmp_path / 'texts'}", "data.val_fraction=0.2"]) == 0
+    config = load("quickstart", [f"data.sources={tmp_path / 'texts'}"])
+    manifest = sources.resolve(config.data.sources)
+    threshold = data.split_threshold(manifest, 0.2)
+    known = set(tokenizer.load(str(tmp_path / "made")).get_vocab())
+    held_out = [document for document in data.walk(manifest, 1 << 30) if document.hash < threshold]
+    assert 3 < len(held_out) < 30
+    for document in data.walk(manifest, 1 << 30):
+        assert (document.item[0] in known) == (document.hash >= threshold)
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    cases = [
+        (["--config", "quickstart", "--out", str(tmp_path / "full")], "exists and is not an empty directory"),
+        (["--config", "quickstart", "--out", str(tmp_path / "x"), "--vocab-size", "200"], "at least 257"),
+        (["--config", "quickstart", "--out", str(tmp_path / "x"), "data.sources=none.txt"], "no such file"),
+        (["--config", "quikstart", "--out", str(tmp_path / "x")], "did you mean quickstart?"),
+    ]
+    for given, said in cases:
+        assert train_tokenizer.main(given) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and said in told
+    assert not (tmp_path / "x").exists()
