@@ -15,7 +15,7 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -92,7 +92,7 @@ def _count(path: Path, number: int, *, old: bool) -> Counts:
     return Counts(kept, tokens, text_bytes, size, read.skipped, len(lengths) - kept, old)
 
 
-def made(jobs: list[Job], encoder: Encoder, workers: int) -> Iterator[Counts]:
+def made(jobs: list[Job], encoder: Encoder, workers: int) -> Generator[Counts, None, None]:
     """The counts of each job, in order; `workers` processes run ahead."""
     if workers == 1:
         begin(encoder)

@@ -55,10 +55,10 @@ def make(given: argparse.Namespace) -> None:
     print(f"{out}: {len(tok):,} tokens ({given.kind}), end of text is {tok.eos_token_id}")
     encoder = tokenizers.Encoder.fastest(tok, data.training_texts(manifest, threshold, 1 << 20))
     held_out = data.walk(manifest, data.SPLIT_SCAN_BYTES, lambda value: value < threshold)
-    judged = [document for document in islice(held_out, JUDGED_DOCUMENTS) if isinstance(document.item, str)]
-    tokens = sum(0 if ids is None else len(ids) for ids in encoder([document.item for document in judged]))
+    judged = [document.item for document in islice(held_out, JUDGED_DOCUMENTS) if isinstance(document.item, str)]
+    tokens = sum(0 if ids is None else len(ids) for ids in encoder(judged))
     if tokens:
-        num_bytes = sum(document.num_bytes for document in judged)
+        num_bytes = sum(len(text.encode()) for text in judged)
         print(
             f"{num_bytes / tokens:.3f} bytes per token on {len(judged)} held-out documents; {encoder.backend} encodes"
         )
