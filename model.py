@@ -458,8 +458,9 @@ class DeepSeekV3(nn.Module):
                 predicts `targets[:, i+d+1]`; what lies past the end is ignored.
             positions: (B, T), default 0..T-1. cache: read and extended. loss_weights: default the mean of the main loss
                 plus the means of the MTP losses.
-            doc_ids: (B, T + depth), the document of each token and of those past the end: attention and MTP targets do
-                not leave it. `positions` are then counted in it (`ops.documents`). Not with a cache.
+            doc_ids: (B, T + depth), never falling: the document of each token and of those past the end, which are
+                another's if not given. Attention does not leave it, nor does what an MTP head reads. `positions` are
+                then to be counted in it (`ops.documents`). Not with a cache.
         """
         mask_B1TT = self._mask(tokens_BT, doc_ids)
         hidden_BTD, routings = self._hidden(tokens_BT, positions, cache, mask_B1TT)
@@ -523,14 +524,15 @@ class DeepSeekV3(nn.Module):
         if doc_ids is not None:
             doc_ids = F.pad(doc_ids, (0, max(0, num_seen - doc_ids.shape[1])), value=-1)
         states, wanted = [hidden_BTD], [targets[:, :num_tokens]]
+        lacking_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
         for depth, mtp in enumerate(self.mtp):
             seen_BT = targets[:, depth : depth + num_tokens]
             state_BTD, routing = self._run(mtp, states[-1], seen_BT.clamp(min=0), positions_BT, None, mask_B1TT)
             states.append(state_BTD)
-            # A position whose own input token is missing, or of another document, predicts nothing either.
-            lacking_BT = seen_BT < 0
+            # A position predicts nothing from the first input token on that is missing or of another document.
+            lacking_BT = lacking_BT | (seen_BT < 0)
             if doc_ids is not None:
-                lacking_BT |= doc_ids[:, depth + 1 : depth + 1 + num_tokens] != doc_ids[:, :num_tokens]
+                lacking_BT = lacking_BT | (doc_ids[:, depth + 1 : depth + 1 + num_tokens] != doc_ids[:, :num_tokens])
             wanted.append(targets[:, depth + 1 : depth + 1 + num_tokens].masked_fill(lacking_BT, losses.IGNORE))
             if routing is not None:
                 routings = [*routings, routing]

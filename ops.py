@@ -96,8 +96,8 @@ UNSEEN = -65504.0
 def document_mask(doc_ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, 1, T, T), what to add to scores: 0 where query t may see key s, not after it and of its document, or UNSEEN.
 
-    B * T * T numbers in the queries' dtype, which all layers share; of booleans torch would make and keep a copy in
-    every layer.
+    B * T * T numbers in the queries' dtype, which all layers share: of booleans torch would make and keep a copy in
+    every layer, as it does of rows that are no multiple of 8 long for the efficient kernel.
     """
     seen_BTT = (doc_ids_BT[:, :, None] == doc_ids_BT[:, None, :]).tril_()
     added_BTT = torch.full(seen_BTT.shape, UNSEEN, dtype=dtype, device=seen_BTT.device)
@@ -150,9 +150,9 @@ def attention_plain(
         hidden_TS = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_BHTK.device).triu(1)
         mask_B1TS = q_BHTK.new_zeros(num_queries, num_keys).masked_fill_(hidden_TS, float("-inf"))[None, None]
     q_XTK, k_XSK, v_XSV = q_BHTK.flatten(0, 1), k_BHSK.flatten(0, 1), v_BHSV.flatten(0, 1)
-    # A view for the causal mask; documents' is copied for every head, which here costs less than adding it afterwards.
-    mask_BHTS = mask_B1TS.expand(batch, heads, -1, -1)
-    scores_XTS = torch.baddbmm(mask_BHTS.flatten(0, 1), q_XTK, k_XSK.mT, alpha=scale)
+    mask_XTS = mask_B1TS.expand(batch, heads, -1, -1).flatten(0, 1)  # of documents: a copy for every head
+    scores_XTS = torch.baddbmm(mask_XTS, q_XTK, k_XSK.mT, alpha=scale)
+    del mask_XTS
     out_XTV = scores_XTS.softmax(-1) @ v_XSV
     return out_XTV.unflatten(0, (batch, heads))
 

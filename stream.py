@@ -196,12 +196,13 @@ class Feed:
         if self.packing == "best_fit" and not self.document_mask and not self.cross_targets:
             valid_RX[:, 1:] &= ~starts_RX[:, 1:-1]
         documents_RX = np.cumsum(starts_RX, axis=1)
-        counts = [int(valid_RX[:, : self.seq_len].sum())]
+        known_RT = valid_RX[:, : self.seq_len]  # all that the head reads
+        counts = [int(known_RT.sum())]
         for head in range(1, 1 + depth):
-            ok = valid_RX[:, head : head + self.seq_len] & valid_RX[:, head - 1 : head - 1 + self.seq_len]
             if self.document_mask:
-                ok &= documents_RX[:, head : head + self.seq_len] == documents_RX[:, : self.seq_len]
-            counts.append(int(ok.sum()))
+                known_RT = known_RT & (documents_RX[:, head : head + self.seq_len] == documents_RX[:, : self.seq_len])
+            known_RT = known_RT & valid_RX[:, head : head + self.seq_len]
+            counts.append(int(known_RT.sum()))
         return tuple(counts)
 
 

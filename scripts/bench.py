@@ -8,6 +8,7 @@
     attention  ours, torch's fused kernel and the plain formula
     loss       the vocabulary head with cross-entropy: ours, full logits, torch's and Liger's where there are any
     optim      Muon: ours against torch.optim.Muon over the same matrices one by one
+    data       the supply of tokens: mapped shards, streamed text, packing, resume, the wait of a run
 
 Each contender meets the first in a duel: one process, the same weights and tokens, run in turn, so that a machine's
 moods meet both; before, results and gradients are compared. The table goes to standard output and, as JSON, to
@@ -46,6 +47,7 @@ if __name__ == "__main__":  # before torch is imported, as a training run does; 
 
 import torch
 import torch.nn.functional as F
+from bench_data import bench_data
 from bench_layers import bench_attention, bench_loss, bench_moe, bench_optim
 from duels import TOLERANCE, Bench, Rows, Run, hardware, table, versions
 from torch import Tensor, nn
@@ -374,7 +376,7 @@ def bench_generate(bench: Bench) -> Rows:
 
 SUITES = {
     "step": bench_step, "ladder": bench_ladder, "memory": bench_memory, "generate": bench_generate, "moe": bench_moe,
-    "attention": bench_attention, "loss": bench_loss, "optim": bench_optim,
+    "attention": bench_attention, "loss": bench_loss, "optim": bench_optim, "data": bench_data,
 }  # fmt: skip
 
 

@@ -12,12 +12,16 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import config_table
 import export
+import inspect_data
+import prepare_data
 import pytest
 import torch
+import train_tokenizer
 
 import checkpoint
 import config
@@ -139,6 +143,23 @@ def check_export(words: list[str]) -> None:
         assert export.main(words) == 0
 
 
+def check_script(script: ModuleType, does: str) -> Callable[[list[str]], None]:
+    """They parse and the configuration loads; `does` is what would do the work."""
+
+    def check(words: list[str]) -> None:
+        seen: list[Any] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script, does, lambda given, *_: seen.append(given) or (None, None))
+            patch.setattr(script, "stats", lambda *_: 0, raising=False)
+            for command in ("peek", "trace"):
+                patch.setattr(script, command, lambda *_: 0, raising=False)
+            patch.setattr(script, "Doctor", lambda *_: SimpleNamespace(run=lambda: 0), raising=False)
+            assert script.main(words) == 0
+        config.load(seen[0].config, seen[0].overrides)
+
+    return check
+
+
 def check_pip(words: list[str]) -> None:
     assert words[0] == "install"
     assert all((ROOT / name).is_file() for option, name in itertools.pairwise(words) if option == "-r")
@@ -157,6 +178,9 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "python train.py": check_train,
     "python generate.py": check_generate,
     "python scripts/export.py": check_export,
+    "python scripts/inspect_data.py": check_script(inspect_data, "_open"),
+    "python scripts/prepare_data.py": check_script(prepare_data, "prepare"),
+    "python scripts/train_tokenizer.py": check_script(train_tokenizer, "make"),
     "python -m": check_nothing,
     "torchrun": check_torchrun,
     "pytest": check_nothing,
@@ -269,7 +293,7 @@ def test_exit_codes() -> None:
 def test_what_may_change_on_resume() -> None:
     bullet = re.search(r"^- May change: (.*?)^- ", section("Resume"), re.MULTILINE | re.DOTALL)
     assert bullet
-    named = {span for span in code(bullet[1]) if span != "auto"}
+    named = {span for span in code(bullet[1]) if span not in ("auto", "epochs")}
     compared = {"data.sources", "train.precision"}  # by what they come to
     assert named == {*resume.FREE_SECTIONS, *resume.FREE_KEYS, *compared}
 
@@ -280,7 +304,7 @@ def test_metrics_are_those_of_a_run(quickstart: Quickstart) -> None:
         metrics = json.loads(line)
         written |= metrics.keys() | {key for layer in metrics["experts"] for key in layer}
     named = [name for cell in first_cells(section("Metrics")) for name in code(cell)]
-    assert sorted(named) == sorted(written)
+    assert sorted(named) == sorted(written | {"packing_used", "packing_cropped"})
 
 
 def test_files_are_those_of_a_run(quickstart: Quickstart) -> None:
@@ -395,6 +419,22 @@ def table_of_figures() -> list[str]:
         row("its peak of memory, theirs over ours", "memory", "quickstart", "55m"),
         row("time of greedy generation, theirs over ours", "generate", "quickstart", "105m"),
     ]
+
+
+def data_figures() -> list[str]:
+    """What the README's table of the supply of data has to say."""
+    path = ROOT / "benchmarks" / "data-quickstart-amd-epyc-2-threads-avx2.json"
+    rows = {row["name"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    lines = ["| | tokens per second |", "|---|--:|"]
+    for name, row in rows.items():
+        if "tokens_per_sec" in row:
+            lines.append(f"| {name} | {row['tokens_per_sec'] / 1e6:.2g} million |")
+    return lines
+
+
+def test_the_supply_of_data_is_that_of_the_file() -> None:
+    table = README.partition("<!-- table: benchmarks/data -->\n")[2].partition("\n<!-- end of table -->")[0]
+    assert table.splitlines() == data_figures()
 
 
 def test_figures_are_those_of_the_files() -> None:

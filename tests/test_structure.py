@@ -74,7 +74,7 @@ PICKLING = {  # torch's distributed checkpoint keeps its metadata as a pickle
     "pandas.read_pickle", "pd.read_pickle",
 }  # fmt: skip
 WRITTEN_ONLY = {"YarnConfig.type"}  # what consumers of the checkpoint tell extensions apart by
-SCRIPT_ROOMS = {"duels", "bench_layers", "config_table"}  # what scripts share
+SCRIPT_ROOMS = {"duels", "bench_layers", "bench_data", "config_table"}  # what scripts share
 VAGUE = {"utils", "util", "common", "helpers", "misc"}
 
 

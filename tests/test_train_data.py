@@ -1,0 +1,165 @@
+"""Whole runs on each kind of data: exact resume, the end of epochs, shards in place of text, a fallback, two ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import prepare_data
+import pytest
+from test_train import ROOT, hashes, learned, metrics, newest, text, tiny  # noqa: F401  # fixtures
+
+import checkpoint
+import sources
+import train
+from remote import Unreachable
+from resume import STATE_FILE
+
+PACKED = ("data.packing=best_fit", "data.document_mask=true")
+
+
+@pytest.fixture
+def two_texts(text: Path, tmp_path: Path) -> str:  # noqa: F811
+    """Two weighted sources for the command line."""
+    whole = text.read_text(encoding="utf-8")
+    for name, part in (("a", whole[:60_000]), ("b", whole[60_000:])):
+        (tmp_path / f"{name}.txt").write_text(part, encoding="utf-8")
+    return f"data.sources=[{{path: {tmp_path}/a.txt, weight: 0.7}}, {{path: {tmp_path}/b.txt, weight: 0.3}}]"
+
+
+def back_to(run: Path, step: int) -> None:
+    """The run as it was when it had just saved this step."""
+    for path in (run / "checkpoints").iterdir():
+        if path.name > f"step_{step:08d}":
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(
+    "options", [("data.packing=best_fit",), PACKED, ("data.document_mask=true", "data.workers=2"), ("MIXED",)], ids=str
+)
+def test_each_kind_of_rows_resumes_exactly(tiny, tmp_path: Path, two_texts: str, options) -> None:  # noqa: F811
+    options = tuple(two_texts if option == "MIXED" else option for option in options)
+    assert tiny("run", *options) == 0
+    run = tmp_path / "run"
+    wanted, tensors = learned(run), hashes(newest(run))
+    assert wanted[-1][2] < wanted[0][2] - 0.3
+    if "data.packing=best_fit" in options:
+        last = metrics(run)[-1]
+        assert last["packing_used"] > 0.9 and 0.5 < last["packing_cropped"] < 1  # documents of 8 KB in rows of 32
+    back_to(run, 10)
+    assert tiny("run", *options) == 0
+    assert learned(run) == wanted and hashes(newest(run)) == tensors
+
+
+@pytest.mark.dist
+def test_two_ranks_equal_one_on_packed_rows(tiny, tmp_path: Path, two_texts: str) -> None:  # noqa: F811
+    """What counts in the loss differs from row to row, and from rank to rank."""
+    options = (*PACKED, two_texts, "train.batch_tokens=160", "train.steps=8", "optim.ns_dtype=fp32", "optim.eps=1e-6")
+    options = (*options, "train.micro_batch=1")
+    assert tiny("one", *options) == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *tiny.command("two", *options)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for key in ("loss", "mtp_loss", "grad_norm", "val_loss"):
+        values = [[line[key] for line in lines if key in line] for lines in (one, two)]
+        assert values[1] == pytest.approx(values[0], rel=1e-5) and values[0], key
+    assert [line["cursor"] for line in one] == [line["cursor"] for line in two]
+
+
+# ---- the end of the data
+
+
+def test_the_last_epoch_ends_a_run(tiny, tmp_path: Path, two_texts: str, capsys) -> None:  # noqa: F811
+    once = two_texts.replace("}", ", epochs: 1}")
+    assert tiny("run", once, "train.steps=100000", "eval.every_steps=100000", "checkpoint.every_steps=100000") == 0
+    told = capsys.readouterr().out
+    run = tmp_path / "run"
+    end = metrics(run)[-1]["step"]
+    assert f"the sources' last epoch ended at step {end} of 100000: this run is complete" in told
+    assert 100 < end < 1000 and "val_bpb" in metrics(run)[-1] and "**Emma**" in (run / "samples.md").read_text()
+    assert newest(run).name == f"step_{end:08d}" and "done: the model is in" in told
+    before = hashes(run)
+    assert tiny("run", once, "train.steps=100000") == 0
+    assert "is finished" in capsys.readouterr().out and hashes(run) == before
+    twice = two_texts.replace("}", ", epochs: 2}")
+    assert tiny("run", twice, f"train.steps={end + 3}") == 0
+    assert metrics(run)[-1]["step"] == end + 3
+
+
+def test_weights_must_stay(tiny, tmp_path: Path, two_texts: str, capsys) -> None:  # noqa: F811
+    assert tiny("run", two_texts, "train.steps=2") == 0
+    capsys.readouterr()
+    assert tiny("run", two_texts.replace("0.7", "0.6"), "train.steps=4") == 2
+    told = capsys.readouterr().err
+    assert "the weights of data.sources: the checkpoint was trained with [0.7, 0.3]" in told and told.count("\n") == 1
+    for option in ("data.packing=best_fit", "data.document_mask=true", "data.seq_len=16"):
+        assert tiny("run", two_texts, "train.steps=4", option) == 2
+        assert option.split("=")[0] in capsys.readouterr().err
+
+
+# ---- shards and cache
+
+
+def test_shards_and_text_may_take_each_other_s_place(tiny, tmp_path: Path, text: Path) -> None:  # noqa: F811
+    assert tiny("run") == 0
+    run = tmp_path / "run"
+    wanted, tensors = learned(run), hashes(newest(run))
+    out = tmp_path / "shards"
+    arguments = ["--config", str(tmp_path / "tiny.yaml"), "--out", str(out), f"data.sources={text}"]
+    assert prepare_data.main(arguments) == 0
+    mapped = (f"data.sources={out}", f"data.tokenizer={out / 'tokenizer'}")
+    assert tiny("mapped", *mapped) == 0
+    assert [line[2:] for line in learned(tmp_path / "mapped")] == [line[2:] for line in wanted]
+    back_to(run, 10)
+    assert tiny("run", f"data.sources={out}") == 0
+    assert learned(run) == wanted
+    found = hashes(newest(run))
+    same = {name for name in tensors if tensors[name] == found[name]}
+    assert {name for name in tensors if name.endswith(".safetensors")} <= same
+
+
+def test_the_cache_changes_nothing(tiny, tmp_path: Path) -> None:  # noqa: F811
+    assert tiny("plain") == 0
+    for name in ("first", "second"):
+        assert tiny(name, f"data.cache={tmp_path / 'cache'}") == 0
+        assert learned(tmp_path / name) == learned(tmp_path / "plain")
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert (folder / "unit-00000000.safetensors").is_file()
+
+
+# ---- a Hub out of reach
+
+
+def test_a_fallback_is_stored_and_never_left(tiny, tmp_path: Path, text: Path, monkeypatch, capsys) -> None:  # noqa: F811
+    real, reachable = sources.resolve, []
+
+    def resolve(listed, cache=None):
+        if listed[0].path == "owner/set" and not reachable:
+            raise Unreachable("Hub dataset 'owner/set': the Hugging Face Hub could not be reached")
+        if listed[0].path == "owner/set":
+            pytest.fail("a resumed run looked for its first sources")
+        return real(listed, cache)
+
+    monkeypatch.setattr(sources, "resolve", resolve)
+    options = ("data.sources=owner/set", f"data.fallback={text}")
+    assert tiny("run", *options, "train.steps=5") == 0
+    assert "could not be reached; training on data.fallback = " in capsys.readouterr().out
+    assert json.loads((newest(tmp_path / "run") / STATE_FILE).read_text())["fallback"] is True
+    reachable.append(True)
+    assert tiny("run", *options, "train.steps=8") == 0
+    assert metrics(tmp_path / "run")[-1]["step"] == 8
+
+
+def test_a_supply_below_demand_is_told(tiny, tmp_path: Path, monkeypatch, capsys) -> None:  # noqa: F811
+    monkeypatch.setattr(train, "MOST_WAITING", -1.0)
+    assert tiny("run", "train.steps=3", "data.workers=1") == 0
+    told = capsys.readouterr().out
+    assert told.count("the data come too slowly: ") == 2  # not of the first line, when everything starts
+    last = metrics(tmp_path / "run")[-1]
+    assert last["data_queue"] >= 0 and last["data_restarts"] == last["data_retries"] == last["skipped_documents"] == 0
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints") is not None
