@@ -149,7 +149,7 @@ class Feeder(Iterator[Batch]):
         while not receiver.poll(0.5):
             if beats.value != seen:
                 seen, since = beats.value, time.monotonic()
-            elif time.monotonic() - since > STALL_SEC + 5:  # it says where it hangs first
+            elif time.monotonic() - since > STALL_SEC + 1:  # it says where it hangs first
                 raise _Lost(f"gave no sign of life for {STALL_SEC:.0f} s")
             if self._closed.is_set():
                 raise _Lost("was ended")

@@ -26,7 +26,7 @@ class FakeHub:
         # One per coming read of a data range: "429", "429 wait" (with Retry-After), "503", "403" (an address that has
         # run out), "reset", "truncate", "stall" (longer than the client's patience), "" (none).
         self.faults: list[str] = []
-        self.stall_sec = 3.0
+        self.stall_sec = 1.5
         self.sent_bytes = 0
 
     def __enter__(self) -> FakeHub:

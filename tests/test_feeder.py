@@ -220,7 +220,7 @@ class Stuck:
 
 
 def test_a_tokenising_process_that_hangs_is_replaced(encoder, tmp_path):
-    with Pool(Stuck(encoder, str(tmp_path / "once")), 1, stall_sec=5) as pool:
+    with Pool(Stuck(encoder, str(tmp_path / "once")), 1, stall_sec=2.5) as pool:
         found = list(pool.map(iter([["a b"], ["HANG c"], ["d"]])))
     assert [len(ids) for ids in found] == [1, 1, 1] and np.array_equal(found[1][0], encoder(["HANG c"])[0])
 
@@ -228,14 +228,14 @@ def test_a_tokenising_process_that_hangs_is_replaced(encoder, tmp_path):
 def test_a_document_that_always_hangs_is_named(encoder, monkeypatch):
     monkeypatch.setattr(feeder, "RESTARTS", 1)
     with (
-        Pool(Stuck(encoder, ""), 1, stall_sec=3) as pool,
-        pytest.raises(UserError, match=r"1 document\(s\), the first of them 'HANG for ever'.*over 3 s, 2 times"),
+        Pool(Stuck(encoder, ""), 1, stall_sec=1.5) as pool,
+        pytest.raises(UserError, match=r"1 document\(s\), the first of them 'HANG for ever'.*over 2 s, 2 times"),
     ):
         list(pool.map(iter([["HANG for ever"]])))
 
 
 def test_a_feeding_process_that_hangs_is_replaced(feed, fed, encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(feeder, "STALL_SEC", 3.0)
+    monkeypatch.setattr(feeder, "STALL_SEC", 1.5)
     pq.write_table(pa.table({"text": ["a b c", "HANG d e f"] * 20}), tmp_path / "a.parquet")
     manifest = sources.resolve([SourceConfig(path=str(tmp_path / "a.parquet"))])
     plain = feed()
@@ -243,7 +243,7 @@ def test_a_feeding_process_that_hangs_is_replaced(feed, fed, encoder, tmp_path, 
     batches, notes = fed(hanging)
     wanted = take(Feed(**{**plain.__dict__, "manifest": manifest}).batches(), 5)
     assert same(take(batches, 5), wanted) and batches.restarts == 1
-    assert "gave no sign of life for 3 s; another one goes on" in notes[0]
+    assert "gave no sign of life for 2 s; another one goes on" in notes[0]
 
 
 def test_a_process_that_dies_again_and_again_is_an_error(feed, fed, monkeypatch):

@@ -10,7 +10,7 @@ import tokenizer
 from config import load
 
 
-@pytest.mark.parametrize("kind", ["bpe", "chars", "bytes"])
+@pytest.mark.parametrize("kind", ["bpe", "chars"])
 def test_it_makes_what_training_makes(tmp_path, capsys, kind):
     out = tmp_path / "made"
     arguments = ["--config", "quickstart", "--out", str(out), "--kind", kind, "--vocab-size", "600"]
