@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, Literal, NamedTuple
 
@@ -161,26 +161,31 @@ def record_batches(path: str, size: int, text_field: str, name: str = "") -> lis
     import pyarrow as pa
 
     try:
-        schema, batches = _arrow(path)
+        schema, batch, count = _arrow(path)
+        filled = [i for i in range(count) if len(batch(i))]
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"data.sources: {path} is not a readable Arrow file: {remote.one_line(error)}") from None
     _check_column(schema, text_field, name or path)
-    return [Unit("arrow", path, i, i + 1, size, text_field, name) for i, batch in enumerate(batches) if len(batch)]
+    return [Unit("arrow", path, i, i + 1, size, text_field, name) for i in filled]
 
 
 @functools.lru_cache(maxsize=64)
-def _arrow(path: str) -> tuple[Any, list[Any]]:
-    """Schema and record batches, which are views of the mapped file. The format is that of files or of streams."""
+def _arrow(path: str) -> tuple[Any, Callable[[int], Any], int]:
+    """Schema, record batches by number (views of the mapped file if they are not compressed), and how many there are.
+
+    The format is that of files or of streams.
+    """
     import pyarrow as pa
 
     source = pa.memory_map(path)
     try:
         reader = pa.ipc.open_file(source)
-        return reader.schema, [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        return reader.schema, reader.get_batch, reader.num_record_batches
     except pa.ArrowInvalid:
         source.seek(0)
         reader = pa.ipc.open_stream(source)
-        return reader.schema, list(reader)
+        schema, batches = reader.schema, list(reader)
+        return schema, batches.__getitem__, len(batches)
 
 
 def _check_column(schema: Any, text_field: str, path: str) -> None:
@@ -202,7 +207,7 @@ def _read_column(unit: Unit) -> tuple[list[str | None], int]:
     import pyarrow.parquet as pq
 
     if unit.kind == "arrow":
-        column = _arrow(unit.path)[1][unit.start].column(unit.text_field)
+        column = _arrow(unit.path)[1](unit.start).column(unit.text_field)
     else:
         with _open(unit.path, unit.size) as file:
             table = pq.ParquetFile(file, metadata=_footer(unit.path, unit.size), pre_buffer=True).read_row_group(

@@ -6,7 +6,9 @@ no network; `hub_commit` asks once and comes first.
 
 from __future__ import annotations
 
+import email.utils
 import io
+import json
 import random
 import re
 import time
@@ -20,6 +22,8 @@ PREFIX = "hf://"
 TIMEOUT_SEC = 10
 RETRY_SEC = 600.0  # how long a read is tried again before the run stops
 LONGEST_WAIT_SEC = 60.0
+DAMAGED_SEC = 20.0  # how long what came but is no Parquet is asked for again
+MOST_PATHS = 500  # of a question for sizes; the Hub answers 1,000 parameters (huggingface_hub #1504)
 _T = TypeVar("_T")
 
 retries = 0  # reads of this process that had to be tried again
@@ -52,7 +56,9 @@ def hub_commit(kind: str, repo: str, revision: str | None, *, instead: str) -> s
         raise UserError(
             f"{at}: no such repository on the Hub (or it is private: set HF_TOKEN), and no such local path; {instead}"
         ) from None
-    except _failures() as error:
+    except (*_failures(), json.JSONDecodeError) as error:  # a web page: the hotel's network wants a password
+        if not isinstance(error, json.JSONDecodeError) and not _may_pass(error):
+            raise UserError(f"{at}: {one_line(error)}; {instead}") from None
         raise Unreachable(
             f"{at}: the Hugging Face Hub could not be reached ({one_line(error)}); check the network, HF_ENDPOINT and "
             f"HF_HUB_OFFLINE; {instead}"
@@ -72,10 +78,8 @@ def dataset_files(source: SourceConfig, commit: str, *, instead: str) -> list[tu
         builder = datasets.load_dataset_builder(source.path, source.name, revision=commit)
     except ValueError as error:  # unknown or missing configuration: the message lists those that exist
         raise UserError(f"{where}, name {source.name!r}: {one_line(error)[:600]}") from None
-    except _failures() as error:
-        raise Unreachable(f"{where}: {one_line(error)}; {instead}") from None
-    except Exception as error:  # noqa: BLE001  # no data files, a gated file
-        raise UserError(f"{where}: {one_line(error)}; {instead}") from None
+    except Exception as error:  # noqa: BLE001  # no network, no data files, a script, a gated file
+        raise _told(error, where, instead) from None
     splits = builder.config.data_files or {}
     if source.split not in splits:
         raise UserError(f"{where} has no split {source.split!r}; it has: {', '.join(map(str, splits)) or 'none'}")
@@ -85,8 +89,14 @@ def dataset_files(source: SourceConfig, commit: str, *, instead: str) -> list[tu
         if not name.startswith(prefix):
             raise UserError(f"{where}: its file {name!r} lies outside the repository; {instead}")
     paths = [name.removeprefix(prefix) for name in names]
-    infos = retry(lambda: HfApi().get_paths_info(source.path, paths, revision=commit, repo_type="dataset"), where, 20.0)
-    sizes: dict[str, int] = {info.path: getattr(info, "size", 0) for info in infos}
+    sizes: dict[str, int] = {}
+    for first in range(0, len(paths), MOST_PATHS):
+        asked = paths[first : first + MOST_PATHS]
+        options: Any = {"paths": asked, "revision": commit, "repo_type": "dataset"}
+        infos = retry(lambda options=options: HfApi().get_paths_info(source.path, **options), where, 20.0)
+        sizes |= {info.path: getattr(info, "size", 0) for info in infos}
+    if missing := [path for path in paths if path not in sizes]:
+        raise UserError(f"{where}: the Hub does not know its file {missing[0]!r}; {instead}")
     return [(prefix + path, sizes[path]) for path in paths]
 
 
@@ -97,12 +107,15 @@ def arrow_files(source: SourceConfig, commit: str, *, instead: str) -> list[str]
     datasets.disable_progress_bars()
     try:
         split: Any = datasets.load_dataset(source.path, source.name, split=source.split, revision=commit)
-    except _failures() as error:
-        raise Unreachable(f"data.sources: Hub dataset {source.path!r}: {one_line(error)}; {instead}") from None
-    except Exception as error:  # noqa: BLE001  # files it cannot read
-        told = one_line(error.__cause__ or error)[:600]  # datasets says only that something happened
-        raise UserError(f"data.sources: Hub dataset {source.path!r}: {told}; {instead}") from None
+    except Exception as error:  # noqa: BLE001  # no network, files it cannot read
+        raise _told(error, f"data.sources: Hub dataset {source.path!r}", instead) from None
     return [file["filename"] for file in split.cache_files]
+
+
+def _told(error: Exception, where: str, instead: str) -> UserError:
+    """What `datasets` raised, in one line. It often says only that something happened; the cause says what."""
+    kind = Unreachable if _may_pass(error) else UserError
+    return kind(f"{where}: {one_line(error.__cause__ or error)[:600]}; {instead}")
 
 
 _locations: dict[str, str] = {}
@@ -173,9 +186,12 @@ class HubFile(io.RawIOBase):
 def retry(read: Callable[[], _T], what: str, seconds: float = RETRY_SEC) -> _T:
     """Call `read` until it succeeds, waiting longer each time, while the failure may pass and `seconds` last.
 
-    What the server asks for (Retry-After; RateLimit's t=, as the Hub sends it) is waited for.
+    What the server asks for (Retry-After; RateLimit's t=, as the Hub sends it) is waited for, within RETRY_SEC: a Hub
+    that answers so has been reached. Raises Unreachable at the end, UserError at once for what no waiting mends.
     """
     global retries
+    import pyarrow as pa
+
     started, wait = time.monotonic(), 1.0
     while True:
         beat()
@@ -183,23 +199,44 @@ def retry(read: Callable[[], _T], what: str, seconds: float = RETRY_SEC) -> _T:
             return read()
         except _failures() as error:
             response = _response(error)
-            status = getattr(response, "status_code", None)
-            barred = status is not None and 400 <= status < 500 and status not in (408, 429)
-            asked = _asked_wait(getattr(response, "headers", {}))
+            failed = f"data.sources: {what} could not be read from the Hub ({one_line(error)})"
+            if response is not None and not _may_pass(error):
+                raise UserError(failed) from None
+            asked = _asked_wait(response)
             # Jitter: the ranks of a run should not ask in step.
             pause = max(wait * random.uniform(0.5, 1.0), asked and asked + random.uniform(0, 1))
-            if barred or time.monotonic() - started + pause > seconds:
-                raise Unreachable(
-                    f"data.sources: {what} could not be read from the Hub ({one_line(error)}); "
-                    "started again, the run goes on from its last checkpoint"
-                ) from None
+            damaged = isinstance(error, pa.ArrowException)  # HubFile has counted the bytes
+            limit = min(seconds, DAMAGED_SEC) if damaged else RETRY_SEC if asked else seconds
+            if time.monotonic() - started + pause > limit:
+                if damaged:
+                    raise UserError(f"{failed}; the file seems to be damaged") from None
+                raise Unreachable(f"{failed}; started again, the run goes on from its last checkpoint") from None
         retries += 1
         _sleep(pause)
         wait = min(2 * wait, LONGEST_WAIT_SEC)
 
 
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether the network or an overloaded Hub is behind a failure; the outermost error that tells decides.
+
+    huggingface_hub tells a 429 as a file that is not there, caused by it (#3612); datasets raises all within the 404
+    of a script that a dataset does not have.
+    """
+    from huggingface_hub import errors
+
+    client_error: Any = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return status in (408, 429) or status >= 500
+        if isinstance(error, (ConnectionError, TimeoutError, client_error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _response(error: BaseException | None) -> Any:
-    """The answer behind a failure: huggingface_hub tells a 429 as a file that is not there, caused by it."""
+    """The answer behind a failure, or None."""
     while error is not None:
         if getattr(error, "response", None) is not None:
             return error.response  # type: ignore[attr-defined]
@@ -207,12 +244,20 @@ def _response(error: BaseException | None) -> Any:
     return None
 
 
-def _asked_wait(headers: Any) -> float:
-    """Seconds that an answer asks to wait, 0 if it does not say."""
-    found = re.search(r"\bt=(\d+)", headers.get("ratelimit", "")) or re.fullmatch(
-        r"\s*(\d+)\s*", headers.get("retry-after", "")
-    )
-    return float(found[1]) if found else 0.0
+def _asked_wait(response: Any) -> float:
+    """Seconds that an answer asks to wait, 0 if it does not say. RateLimit comes with every answer, so only with 429."""
+    headers = getattr(response, "headers", {})
+    if response is not None and response.status_code == 429:
+        found = re.search(r"\bt\s*=\s*(\d+)", headers.get("ratelimit", ""))
+        if found:
+            return float(found[1])
+    after = headers.get("retry-after", "").strip()
+    if after.isdecimal():
+        return float(after)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - time.time())
+    except ValueError:
+        return 0.0
 
 
 def _sleep(seconds: float) -> None:
@@ -228,7 +273,7 @@ def _failures() -> tuple[type[Exception], ...]:
     from huggingface_hub import errors
 
     client_error: type[Exception] = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]  # httpx's, any version
-    return OSError, client_error, pa.ArrowException  # ArrowException: a truncated answer
+    return OSError, client_error, pa.ArrowException  # ArrowException: damaged data
 
 
 def one_line(error: BaseException) -> str:

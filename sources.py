@@ -6,6 +6,7 @@ JSON arrays) is first turned into what can, in a cache.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import glob
 import gzip
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,9 +31,12 @@ ROOT = Path(__file__).resolve().parent
 COMPRESSIONS = (".gz", ".zst")
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".txt")  # the last three also compressed
 SPARE_BYTES = 1 << 30  # of a disk, left free when text is unpacked to it
-MOST_JSON_BYTES = 2 << 30  # of an array, which is parsed as a whole
-HASH_WHOLE_BYTES = 64 << 20  # a larger local file is fingerprinted by its size, first and last MiB
+LEFT_BEHIND_SEC = 3600.0  # a temporary file that nobody wrote to for as long is of a process that was killed
+MOST_WINDOW_BYTES = 1 << 31  # that a .zst may ask for (zstd --long=31); its decoder's own limit is 128 MiB
+MOST_OBJECT_CHARACTERS = 1 << 30  # of a value in a JSON array
+HASH_WHOLE_BYTES = 64 << 20  # a larger file that is read as it is is fingerprinted by its size, first and last MiB
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BETWEEN = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")  # values of an array; a comma too many or too few does no harm
 _ALLOWED = "".join(f"{suffix} " for suffix in SUFFIXES) + "(text and JSON also with .gz or .zst)"
 _INSTEAD = "data.sources=FILE trains on a local file, --config quickstart on the text in this repository"
 
@@ -134,16 +139,16 @@ def _resolve_local(source: SourceConfig, files: list[Path], cache: str | None) -
     units: list[Unit] = []
     identity: list[Any] = []
     for file in files:
-        size = file.stat().st_size
-        digest = _digest(file, size)
+        size, suffix = file.stat().st_size, _suffix(file)
+        packed = _is_packed(file, suffix)
+        digest = _digest(file, size, whole=packed)
         identity.append([file.relative_to(top).as_posix(), size, digest])
-        suffix = _suffix(file)
         if suffix == ".parquet":
             units += row_groups(str(file), size, source.text_field)
         elif suffix == ".arrow":
             units += record_batches(str(file), size, source.text_field)
         else:
-            plain = plain_text(file, suffix, f"{digest}-{size}", cache)
+            plain = plain_text(file, suffix, digest, cache) if packed else file
             units += _text_units(plain, suffix, source.text_field, str(file) if plain != file else "", lone_txt)
     return units, identity
 
@@ -182,10 +187,10 @@ def _check_jsonl(file: Path, text_field: str, name: str) -> None:
         raise UserError(f"data.sources: {name} has no key {text_field!r} (text_field); its keys: {', '.join(first)}")
 
 
-def _digest(file: Path, size: int) -> str:
+def _digest(file: Path, size: int, *, whole: bool) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
-        if size <= HASH_WHOLE_BYTES:
+        if whole or size <= HASH_WHOLE_BYTES:
             for block in iter(lambda: stream.read(1 << 20), b""):
                 digest.update(block)
         else:
@@ -198,72 +203,85 @@ def _digest(file: Path, size: int) -> str:
 # ---- what cannot be sought
 
 
+def _is_packed(file: Path, suffix: str) -> bool:
+    """Whether documents in it can only be reached through all that lies before them."""
+    return file.suffix in COMPRESSIONS or (suffix == ".json" and not _is_json_lines(file))
+
+
 def plain_text(file: Path, suffix: str, digest: str, cache: str | None) -> Path:
-    """The file itself, or what it holds if it is compressed or a JSON array: written to the cache once, by content."""
-    compression = file.suffix if file.suffix in COMPRESSIONS else ""
-    if not compression and (suffix != ".json" or _is_json_lines(file)):
-        return file
+    """What a packed file holds, as text or JSON lines: written to the cache once, by the digest of all its bytes."""
     if cache is None:
         from huggingface_hub import constants
 
-        folder = Path(constants.HF_HOME, "plain-text")
+        folder = Path(constants.HF_HOME, "deepseek-plain")
     else:
         folder = Path(cache).expanduser() / "plain-text"
     target = folder / f"{digest}{suffix}"
     if target.is_file():
         return target.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{digest}.tmp-{os.getpid()}"
+    for old in folder.glob("*.tmp-*"):
+        with contextlib.suppress(OSError):  # someone else was faster
+            if time.time() - old.stat().st_mtime > LEFT_BEHIND_SEC:
+                old.unlink()
+    unpacked, lines = (folder / f"{digest}.{kind}.tmp-{os.getpid()}" for kind in ("unpacked", "lines"))
+    plain = file
     try:
-        with temporary.open("wb") as out:
-            for block in _decompressed(file, compression):
-                out.write(block)
-                if shutil.disk_usage(folder).free < SPARE_BYTES:
-                    raise UserError(f"data.sources: {file}: too little space for its text in {folder}; see data.cache")
-        if suffix == ".json" and not _is_json_lines(temporary):
-            _as_json_lines(temporary, file)
-        with temporary.open("rb+") as out:
-            os.fsync(out.fileno())
-        temporary.replace(target)
+        if file.suffix in COMPRESSIONS:
+            _write(unpacked, _decompressed(file), file)
+            plain = unpacked
+        if suffix == ".json" and not _is_json_lines(plain):
+            _write(lines, _array_lines(plain, file), file)
+            plain = lines
+        plain.replace(target)
     finally:
-        temporary.unlink(missing_ok=True)
+        unpacked.unlink(missing_ok=True)
+        lines.unlink(missing_ok=True)
     return target.absolute()
 
 
-def _decompressed(file: Path, compression: str) -> Iterator[bytes]:
-    opened: Any
-    if compression == ".gz":
-        opened = gzip.open(file, "rb")  # noqa: SIM115  # closed below
-    elif compression == ".zst":
-        opened = file.open("rb")
-    else:
-        opened = file.open("rb")
+def _write(target: Path, blocks: Iterator[bytes], file: Path) -> None:
+    """Write what `file` holds to the end of the disk's room at most: a few bytes may stand for any number."""
+    full = f"data.sources: {file}: too little space for its text in {target.parent}; see data.cache"
+    with target.open("wb") as out:
+        for block in blocks:
+            try:
+                out.write(block)
+            except OSError as error:  # a quota, which free space does not show
+                raise UserError(f"{full} ({error.strerror})") from None
+            if shutil.disk_usage(target.parent).free < SPARE_BYTES:
+                raise UserError(full)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _decompressed(file: Path) -> Iterator[bytes]:
     try:
-        with opened as stream:
-            if compression == ".zst":
+        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
+            if file.suffix == ".zst":
                 yield from _frames(stream)
-            while block := stream.read(16 << 20):
-                yield block
+            else:
+                while block := stream.read(16 << 20):
+                    yield block
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"data.sources: {file} is damaged: {remote.one_line(error)}") from None
-    except Exception as error:
-        if type(error).__module__.startswith("zstandard"):  # zstandard's own, imported only where it is needed
-            raise UserError(f"data.sources: {file} is damaged: {remote.one_line(error)}") from None
-        raise
 
 
 def _frames(stream: IO[bytes]) -> Iterator[bytes]:
     """What Zstandard's frames hold. A few bytes at a time: each may stand for thousands."""
     import zstandard
 
-    decompressor = zstandard.ZstdDecompressor()
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MOST_WINDOW_BYTES)
     frame, begun = decompressor.decompressobj(), False
-    while block := stream.read(4096):
-        while block:
-            yield frame.decompress(block)
-            begun, block = not frame.eof, frame.unused_data if frame.eof else b""
-            if frame.eof:
-                frame = decompressor.decompressobj()
+    try:
+        while block := stream.read(4096):
+            while block:
+                yield frame.decompress(block)
+                begun, block = not frame.eof, frame.unused_data if frame.eof else b""
+                if frame.eof:
+                    frame = decompressor.decompressobj()
+    except zstandard.ZstdError as error:
+        raise EOFError(str(error)) from None
     if begun:
         raise EOFError("it ends in the middle")
 
@@ -280,20 +298,37 @@ def _is_json_lines(file: Path) -> bool:
     return True
 
 
-def _as_json_lines(file: Path, name: Path) -> None:
-    """Rewrite a JSON array of objects with one object a line."""
-    if file.stat().st_size > MOST_JSON_BYTES:
-        raise UserError(f"data.sources: {name}: a JSON array of over {MOST_JSON_BYTES >> 30} GiB; convert it to .jsonl")
-    try:
-        values = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"data.sources: {name}: neither a JSON array nor JSON lines: {remote.one_line(error)}"
-        ) from None
-    if not isinstance(values, list):
-        raise UserError(f"data.sources: {name}: expected an array of objects, found a {type(values).__name__}")
-    with file.open("w", encoding="utf-8", newline="\n") as out:
-        out.writelines(json.dumps(value) + "\n" for value in values)
+def _array_lines(file: Path, name: Path) -> Iterator[bytes]:
+    """The values of a JSON array, one a line. Memory holds a few of them at a time."""
+    decode = json.JSONDecoder().raw_decode
+    # Bytes that are no UTF-8 become what the reader of lines refuses, and counts.
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
+        text = stream.read(1 << 20).lstrip()
+        if not text.startswith("["):
+            raise UserError(f"data.sources: {name}: neither an array of JSON objects nor JSON lines")
+        at, number, more = 1, 0, True
+        while True:
+            at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it always matches
+            if text.startswith("]", at):
+                break
+            end, value, problem = at, None, ""
+            try:
+                value, end = decode(text, at)
+            except (ValueError, RecursionError) as error:
+                problem = getattr(error, "msg", "") or remote.one_line(error)
+                cut = problem.startswith("Unterminated") or getattr(error, "pos", 0) > len(text) - 16
+            else:
+                cut = end == len(text)  # a number may go on
+            if cut and more and len(text) - at < MOST_OBJECT_CHARACTERS:
+                block = stream.read(max(1 << 20, len(text) - at))
+                text, at, more = text[at:] + block, 0, bool(block)
+                continue
+            if problem:
+                raise UserError(f"data.sources: {name}: value {number} of its array cannot be read: {problem}")
+            yield json.dumps(value).encode() + b"\n"
+            at, number = end, number + 1
+        if (text[at + 1 :] + stream.read(1 << 20)).strip():
+            raise UserError(f"data.sources: {name}: something follows its array; is it several?")
 
 
 # ---- the Hub

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -121,11 +123,13 @@ def bench_data(bench: Bench) -> Rows:
         rows: Rows = []
         for name, seconds in timed.items():
             tokens = contenders[name][1] * ROWS * SEQ_LEN
-            rows.append(
-                {"name": name, **summary(seconds), "tokens_per_sec": tokens / sorted(seconds)[len(seconds) // 2]}
-            )
+            rows.append({"name": name, **summary(seconds), "tokens_per_sec": tokens / statistics.median(seconds)})
         for loader in loaders:
             loader.close()
+        size = sum(len(part.encode()) for part in texts)
+        alone = {f"{encoder.backend} alone": functools.partial(encoder, texts) for encoder in (plain, fast)}
+        for name, seconds in interleaved(alone, bench.device, repeats=bench.repeats, hopeless=float("inf")).items():
+            rows.append({"name": name, **summary(seconds), "mb_per_sec": size / 1e6 / statistics.median(seconds)})
         packed = next(islice(feed(mapped, plain, packing="best_fit").batches(), 60, None)).tally
         lengths = np.concatenate([web_like(UNIT_DOCUMENTS, number) + 1 for number in range(MAPPED_UNITS)])
         floor = np.maximum(lengths - SEQ_LEN, 0).sum() / lengths.sum()

@@ -320,3 +320,32 @@ def test_everyone_ends_with_the_process_that_started_them(tmp_path):
         assert len(family) >= 3 and all(map(alive, family))
         trainer.kill()
         wait_until(lambda: not any(map(alive, family)))
+
+
+def resident_mib(pid):
+    return int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_memory_stays_flat(tmp_path, fed, workers):
+    """D8: over 50 million tokens after the first 15 million, no process grows by more than 1%, or 2 MiB."""
+    corpus = pq.read_table(ROOT / "corpus" / "austen.parquet")["text"].to_pylist()
+    pieces = [text[i : i + 3000] for text in corpus for i in range(0, len(text), 3000)]
+    pq.write_table(pa.table({"text": pieces}), tmp_path / "a.parquet", row_group_size=100)
+    manifest = sources.resolve([SourceConfig(path=str(tmp_path / "a.parquet"))])
+    fast = tokenizer.Encoder.fastest(tokenizer.train_bpe(corpus, 16384), corpus[:3])
+    batches, _ = fed(Feed(manifest, fast, 2048, 2, 64, 1, Cursor(), 0, 8), workers)
+    per_step, sizes = 64 * 2048, []
+    for number in range(500):
+        next(batches)
+        if number * per_step > 15e6 and number % 5 == 0:
+            family = [os.getpid(), batches._process.pid, *children_of(batches._process.pid)]
+            sizes.append([resident_mib(pid) for pid in family])
+    series = np.array(sizes)
+    assert series.shape[1] == 2 + (workers if workers > 1 else 0) and len(series) > 70
+    third = len(series) // 3
+    before, after = (np.median(part, axis=0) for part in (series[:third], series[-third:]))
+    print("MiB before", before.round(1), "after", after.round(1))
+    assert (after - before < np.maximum(2, 0.01 * before)).all(), (before, after)
