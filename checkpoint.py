@@ -53,6 +53,34 @@ class CheckpointError(UserError):
 # ---------------------------------------------------------------------------------------------------------------- save
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, if it is there: raises UserError where another process does.
+
+    A lock on the folder itself: no file is written, and it ends with the process, however that ends; no child inherits
+    it. Windows and file systems without locks go without.
+    """
+    handle = None
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        assert handle is not None  # only the lock blocks
+        os.close(handle)
+        raise UserError(
+            f"run.dir = {str(folder)!r}: another process trains this run; stop it, or give another"
+        ) from None
+    except (ImportError, OSError):
+        pass
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
 def save(
     root: Path,
     step: int,

@@ -252,6 +252,11 @@ class TrainConfig(Section):
     tokens_per_active_param: float = Field(
         default=20, gt=0, description="training tokens per active parameter (with head)"
     )
+    max_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="minutes until a run saves and stops; the same command goes on; null: none",
+    )
     micro_batch: Annotated[
         int | None, BeforeValidator(lambda value: None if value == "auto" else value), NullWord("auto")
     ] = Field(default=4, ge=1, description="rows of one forward and backward pass; auto: the most that fit the memory")

@@ -36,7 +36,7 @@ RUN_FILES = {
 FREE_SECTIONS = ("run", "ops", "log", "eval", "sample", "checkpoint")
 FREE_KEYS = {
     "data.workers", "data.cache", "data.max_skipped", "train.steps", "train.tokens_per_active_param",
-    "train.micro_batch", "train.recompute", "train.compile", "train.init_from",
+    "train.max_minutes", "train.micro_batch", "train.recompute", "train.compile", "train.init_from",
 }  # fmt: skip
 
 

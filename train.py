@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,7 +44,11 @@ if TYPE_CHECKING:
 CPU_MICRO_TOKENS = 2048  # tokens at a time: a guess at what a CPU's caches like
 DIVERGED_AFTER = 20  # steps in a row without a finite gradient
 MOST_WAITING = 0.05  # share of the time that may be spent waiting for data without a word
-EXIT_CODES = "exit codes: 0 finished, 1 failed, 2 bad input, 130 stopped by SIGINT, 143 by SIGTERM (step saved)"
+EXIT_TIME = 3
+EXIT_CODES = (
+    "exit codes: 0 finished, 1 failed, 2 bad input; with the last step saved: 3 train.max_minutes over, "
+    "130 stopped by SIGINT, 143 by SIGTERM"
+)
 
 
 # ------------------------------------------------------------------------------------------------------------ one step
@@ -147,6 +152,7 @@ def micro_batches(rows: int, number: int) -> list[slice]:
 
 def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False, profile: bool = False) -> int:
     """Train to the end or to a signal; the process's exit code."""
+    import checkpoint
     import evals
     import parallel
     import probe
@@ -161,8 +167,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
     from stream import Cursor
     from tracker import Tracker
 
-    run_dir = Path(config.run.dir)
-    stop = StopFlag()
+    run_dir, stop, started, late = Path(config.run.dir), StopFlag(), time.monotonic(), False
     with parallel.processes(allow_cpu=allow_cpu) as mesh, contextlib.ExitStack() as cleanup:
         if config.rows_per_step < mesh.world_size:
             raise UserError(
@@ -182,6 +187,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         if mesh.is_main:
             warn_if_slow(mesh, precision, flops * steps * config.train.batch_tokens / peak)
 
+        mesh.from_main(on_main(mesh, lambda: cleanup.enter_context(checkpoint.locked(run_dir))))
         start = mesh.from_main(on_main(mesh, lambda: resume.pick(run_dir, resume_from)))
         state = resume.TrainState.read(start) if start is not None else None
         if state is not None:
@@ -210,7 +216,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         paths, told = mesh.from_main(on_main(mesh, lambda: probe.choose(config, mesh.device, dtype, state.ops)))
         state.ops = paths.model_dump()
         model, optimizers, scale = build(config, mesh, precision, paths, state, start)
-        mesh.from_main(on_main(mesh, lambda: make_folder(run_dir, afresh=resume_from == "never")))
+        mesh.from_main(on_main(mesh, lambda: make_folder(run_dir, cleanup, afresh=resume_from == "never")))
         tracker = Tracker(run_dir if mesh.is_main else None, total_steps=steps, first_step=state.step)
         replica, eos = parallel.parallelize(model, mesh), opened.encoder.eos
         run = Run(config, mesh, model, replica, optimizers, scale, steps, stop, tracker, eos)
@@ -228,6 +234,9 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         profiler = profiling.Profiler(run_dir, mesh.device, tracker.note) if profile and mesh.is_main else None
         try:
             while state.step < steps and not state.exhausted:
+                late = time.monotonic() - started > 60 * (config.train.max_minutes or math.inf)
+                if mesh.any(late):
+                    break
                 batch = next_batch(clock, loader, stop)
                 if mesh.any(batch is None):
                     break
@@ -274,6 +283,12 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
                 profiler.stop()
         if state.exhausted:
             tracker.note(f"the sources' last epoch ended at step {state.step} of {steps}: this run is complete")
+        elif state.step < steps and late and not stop.requested:
+            tracker.note(
+                f"train.max_minutes = {config.train.max_minutes:g} are over: stopped after step {state.step} of "
+                f"{steps}; the same command goes on"
+            )
+            return EXIT_TIME
         elif state.step < steps:
             number = stop.signal or signal.SIGTERM  # another rank was told to stop
             tracker.note(
@@ -378,14 +393,21 @@ def build(
     return model, optimizers, scale
 
 
-def make_folder(run_dir: Path, *, afresh: bool) -> None:
-    """The run's folder, writable; `afresh` first moves an earlier run aside. Everything else has worked by now."""
+def make_folder(run_dir: Path, cleanup: contextlib.ExitStack, *, afresh: bool) -> None:
+    """The run's folder, writable and ours until `cleanup`; `afresh` first moves an earlier run aside.
+
+    Everything else has worked by now.
+    """
+    import checkpoint
     import resume
 
     try:
         if afresh:
             resume.move_aside(run_dir)
+        new = not run_dir.exists()
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if new:
+            cleanup.enter_context(checkpoint.locked(run_dir))
         for name in ("config.yaml", "metrics.jsonl", "samples.md"):  # now, not when there is something to lose
             (run_dir / name).open("a").close()
     except OSError as error:

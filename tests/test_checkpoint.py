@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -469,3 +471,27 @@ def test_a_tensor_that_its_shard_lacks(tmp_path: Path) -> None:
         checkpoint.load(tmp_path)
     foreign_index(tmp_path, {"a": "part.safetensors"})
     assert equal(checkpoint.load(tmp_path), {"a": torch.ones(1)})
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no lock of a folder")
+def test_a_folder_is_one_process_s(tmp_path):
+    program = (
+        "import sys, time, pathlib, checkpoint\n"
+        "with checkpoint.locked(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n    time.sleep(600)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parent)}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with checkpoint.locked(tmp_path / "not there"):
+        pass
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another process trains this run"), checkpoint.locked(tmp_path):
+            pass
+        other.kill()
+        other.wait()
+        with checkpoint.locked(tmp_path):
+            with pytest.raises(UserError, match="another process"), checkpoint.locked(tmp_path):
+                pass
+    with checkpoint.locked(tmp_path):
+        assert not list(tmp_path.iterdir())

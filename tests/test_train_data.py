@@ -167,3 +167,21 @@ def test_a_supply_below_demand_is_told(tiny, tmp_path: Path, monkeypatch, capsys
     last = metrics(tmp_path / "run")[-1]
     assert last["data_queue"] >= 0 and last["data_restarts"] == last["data_retries"] == last["skipped_documents"] == 0
     assert checkpoint.latest(tmp_path / "run" / "checkpoints") is not None
+
+
+def test_minutes_end_a_run_and_it_goes_on(tiny, tmp_path: Path, monkeypatch, capsys) -> None:  # noqa: F811
+    assert tiny("whole") == 0
+    assert tiny("run", "train.max_minutes=1e-9") == train.EXIT_TIME
+    assert metrics(tmp_path / "run") == [] and "are over: stopped after step 0 of 20" in capsys.readouterr().out
+    real = train.train_step
+
+    def slow(run, step, batch):
+        if step == 6:
+            monkeypatch.setattr(train.time, "monotonic", lambda: 1e9)
+        return real(run, step, batch)
+
+    monkeypatch.setattr(train, "train_step", slow)
+    assert tiny("run", "train.max_minutes=60") == train.EXIT_TIME
+    assert newest(tmp_path / "run").name == "step_00000007"
+    monkeypatch.undo()
+    assert tiny("run") == 0 and learned(tmp_path / "run") == learned(tmp_path / "whole")
