@@ -245,7 +245,10 @@ def _response(error: BaseException | None) -> Any:
 
 
 def _asked_wait(response: Any) -> float:
-    """Seconds that an answer asks to wait, 0 if it does not say. RateLimit comes with every answer, so only with 429."""
+    """Seconds that an answer asks to wait, 0 if it does not say.
+
+    Any answer has a RateLimit; only with 429 is it to be waited for.
+    """
     headers = getattr(response, "headers", {})
     if response is not None and response.status_code == 429:
         found = re.search(r"\bt\s*=\s*(\d+)", headers.get("ratelimit", ""))

@@ -7,21 +7,29 @@ same order, so training on either is the same. Nothing in a file depends on time
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import functools
 import hashlib
 import json
+import logging
 import os
+import re
+import secrets
+import shutil
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 from safetensors.numpy import save
 
 from config import SourceConfig, UserError
 from documents import Documents, Manifest, Stream, Unit
+from remote import one_line
 
 INDEX = "index.json"
 FORMAT = "deepseek-tokens-1"
@@ -30,14 +38,30 @@ TENSORS = {  # name: the dtypes it may have, in the order that is hashed
     "tokens": ("U16", "U32"), "ends": ("I64",), "rows": ("U32",), "hashes": ("U64",), "num_bytes": ("U32",),
 }  # fmt: skip
 MOST_HEADER_BYTES = 1 << 20
+MOST_INDEX_BYTES = 64 << 20
+SPARE_BYTES = 1 << 30  # of a disk, left free by the cache: checkpoints need it more
+_FILE_NAME = re.compile(r"unit-(\d{8,18})\.safetensors")
+_CHECKED = ConfigDict(extra="forbid")
+
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CHECKED)
+class Layout:
+    """A stream of the sources."""
+
+    names: list[str]
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    epochs: Annotated[int, Field(ge=1)] | None
+    units: Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, config=_CHECKED)
 class Index:
-    """What a folder holds; `streams`: names, weight, epochs and number of units of each."""
+    """What a folder holds."""
 
-    identities: list[str]
-    streams: list[dict[str, Any]]
+    identities: list[str]  # of the sources: what `Manifest.fingerprint` is made of
+    streams: list[Layout]
     num_units: int  # of the sources, whether all are here or not
     complete: bool
     tokenizer: str  # fingerprint
@@ -50,19 +74,27 @@ class Index:
     @classmethod
     def read(cls, folder: Path) -> Index:
         try:
-            values = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            with (folder / INDEX).open("rb") as file:
+                raw = file.read(MOST_INDEX_BYTES + 1)
+            if len(raw) > MOST_INDEX_BYTES:
+                raise ValueError(f"larger than {MOST_INDEX_BYTES} bytes")
+            values = json.loads(raw)
             if values.pop("format", None) != FORMAT:
                 raise ValueError(f"not of format {FORMAT}")
-            return cls(**values)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / INDEX}: no index of token shards: {error}") from None
+            index = cls(**values)
+            if index.num_units != sum(part.units for part in index.streams):
+                raise ValueError("its streams do not have num_units units")
+            return index
+        except ValidationError as error:
+            first = error.errors()[0]
+            why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            why = one_line(error)
+        raise UserError(f"{folder / INDEX}: no index of token shards: {why}")
 
     @classmethod
     def of(cls, manifest: Manifest, tokenizer: Any, fingerprint: str, *, complete: bool) -> Index:
-        streams = [
-            {"names": list(s.names), "weight": s.weight, "epochs": s.epochs, "units": len(s.units)}
-            for s in manifest.streams
-        ]
+        streams = [Layout(list(s.names), s.weight, s.epochs, len(s.units)) for s in manifest.streams]
         return cls(
             list(manifest.identities), streams, len(manifest.units), complete, fingerprint, len(tokenizer),
             tokenizer.eos_token_id,
@@ -75,13 +107,18 @@ def file_name(number: int) -> str:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write it whole or not at all, whoever else writes it."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    # Threads read units, two of them perhaps the same one; the processes may be on machines that share the folder.
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say where
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -94,9 +131,10 @@ def pack(documents: Documents, ids: Sequence[np.ndarray | None]) -> Documents:
 
 def to_bytes(number: int, unit: Unit, documents: Documents, *, tokenizer: str, vocab_size: int) -> bytes:
     """A shard's file. `documents` as `pack` makes them."""
-    kind = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     ends = np.cumsum([len(ids) for ids in documents.items], dtype=np.int64)
-    tokens = np.concatenate(documents.items).astype(kind) if len(ends) else np.zeros(0, kind)
+    ids = np.concatenate(documents.items) if len(ends) else np.zeros(0, np.int32)
+    most = max(vocab_size, int(ids.max(initial=0)) + 1)  # a vocabulary with holes has ids past its size
+    tokens = ids.astype(np.uint16 if most <= 1 << 16 else np.uint32)
     tensors = {
         "tokens": tokens, "ends": ends, "rows": documents.rows, "hashes": documents.hashes,
         "num_bytes": documents.num_bytes,
@@ -104,7 +142,7 @@ def to_bytes(number: int, unit: Unit, documents: Documents, *, tokenizer: str, v
     described = {
         "format": FORMAT,
         "unit": str(number),
-        "source": json.dumps(_provenance(unit), sort_keys=True),
+        "source": _source(unit),
         "tokenizer": tokenizer,
         "skipped": str(documents.skipped),
         "sha256": _digest(tensors),
@@ -120,22 +158,26 @@ def _sorted_metadata(raw: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + raw[8 + length :]
 
 
-def _provenance(unit: Unit) -> dict[str, Any]:
-    """Of local files the last part of the path: where they lay is nobody's affair."""
+def _source(unit: Unit) -> str:
+    """JSON. Of local files the last part of the path: where they lay is nobody's affair."""
     path = unit.name or unit.path
     local = "://" not in path and Path(path).is_absolute()
-    return {
+    described = {
         "path": Path(path).name if local else path, "kind": unit.kind, "start": unit.start, "stop": unit.stop,
         "text_field": unit.text_field,
     }  # fmt: skip
+    return json.dumps(described, sort_keys=True)
 
 
 def provenance(unit: Unit) -> str:
     """Where a unit's documents come from, for people."""
     if unit.kind == "tokens":
-        found = json.loads(_map(unit.path)[0]["source"])
-        where = f"{found['path']} (in {Path(unit.path).name})"
-        kind, start, stop = found["kind"], found["start"], found["stop"]
+        try:
+            found = json.loads(_map(unit.path)[0]["source"])
+            where = f"{found['path']} (in {Path(unit.path).name})"
+            kind, start, stop = (str(found[key]) for key in ("kind", "start", "stop"))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"data.sources: {unit.path} does not say what it was made from") from None
     else:
         where, kind, start, stop = unit.name or unit.path, unit.kind, unit.start, unit.stop
     if kind == "file":
@@ -157,6 +199,8 @@ def _digest(tensors: Mapping[str, np.ndarray]) -> str:
 def read(unit: Unit) -> Documents:
     """A shard's documents: views of the mapped file. Raises UserError, one line, for a damaged one."""
     described, tensors = _map(unit.path)
+    if described.get("unit") != str(unit.start):
+        raise UserError(f"data.sources: {unit.path} is the shard of another unit, number {described.get('unit')}")
     tokens, ends = tensors["tokens"], tensors["ends"].tolist()
     items = [tokens[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     return Documents(items, tensors["rows"], tensors["hashes"], tensors["num_bytes"], int(described["skipped"]))
@@ -171,14 +215,16 @@ def _map(path: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
         sizes = {len(tensors[name]) for name in TENSORS if name != "tokens"}
         if len(sizes) != 1 or described.get("format") != FORMAT:
             raise ValueError("its parts do not belong together")
-        if len(ends) and (ends[0] < 0 or ends[-1] != len(tensors["tokens"]) or (np.diff(ends) < 0).any()):
+        starts = np.concatenate((np.zeros(1, np.int64), ends))  # compared, not subtracted: that may wrap
+        if (starts[:-1] > ends).any() or starts[-1] != len(tensors["tokens"]):
             raise ValueError("its documents lie outside of it")
         if _digest(tensors) != described["sha256"]:
             raise ValueError("its SHA-256 is not the one it was written with")
         int(described["skipped"])
         return described, tensors
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"data.sources: {path} is no token shard, or a damaged one: {error!r}"[:400]) from None
+        why = f"no {error}" if isinstance(error, KeyError) else one_line(error)[:200]
+        raise UserError(f"data.sources: {path} is no token shard, or a damaged one: {why}") from None
 
 
 def _parse(path: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
@@ -209,24 +255,42 @@ def resolve_folder(folder: Path, source: SourceConfig) -> tuple[list[Stream], li
     Made from several weighted sources it keeps their weights; the configuration's own apply to a folder of one.
     """
     index = Index.read(folder)
-    paths = [folder.absolute() / file_name(number) for number in range(index.num_units)]
-    there = [path.is_file() for path in paths]
-    if index.complete and not all(there):
-        raise UserError(
-            f"data.sources: {folder} lacks {paths[there.index(False)].name}; run scripts/prepare_data.py again"
-        )
+    there: dict[int, int] = {}  # the numbers of the shards, and their sizes
+    for entry in os.scandir(folder):
+        match = _FILE_NAME.fullmatch(entry.name)
+        if match and int(match[1]) < index.num_units and entry.is_file():
+            there[int(match[1])] = entry.stat().st_size
+    missing = next((number for number in range(len(there)) if number not in there), len(there))
+    if index.complete and missing < index.num_units:
+        raise UserError(f"data.sources: {folder} lacks {file_name(missing)}; run scripts/prepare_data.py again")
+    numbers = sorted(there)
     streams, first = [], 0
     for part in index.streams:
-        numbers = range(first, first + part["units"])
-        units = tuple(Unit("tokens", str(paths[n]), n, n + 1, paths[n].stat().st_size, "") for n in numbers if there[n])
-        first += part["units"]
-        streams.append(Stream(tuple(part["names"]), units, part["weight"], part["epochs"]))
+        mine = numbers[bisect_left(numbers, first) : bisect_left(numbers, first + part.units)]
+        if part.units and not mine and numbers:  # a stream without units would never come to a row
+            raise UserError(f"data.sources: {folder} has no shard of {', '.join(part.names)} yet, which has a weight")
+        paths = [str(folder.absolute() / file_name(number)) for number in mine]
+        units = tuple(Unit("tokens", path, n, n + 1, there[n], "") for path, n in zip(paths, mine, strict=True))
+        first += part.units
+        streams.append(Stream(tuple(part.names), units, part.weight, part.epochs))
     identities = list(index.identities)
-    if not all(there):
-        identities.append(json.dumps(["of its units", [n for n, found in enumerate(there) if found]]))
+    if len(numbers) < index.num_units:
+        identities.append(json.dumps(["of its units", numbers]))
     if len(streams) == 1:
         return [Stream((source.path,), streams[0].units, source.weight or 1.0, source.epochs)], identities
     return streams, identities
+
+
+def find(folder: Path, number: int, unit: Unit, tokenizer: str) -> Documents | None:
+    """What was kept of a unit; None if nothing was. Raises UserError where the file is damaged or of something else."""
+    path = folder / file_name(number)
+    if not path.is_file():
+        return None
+    documents = read(Unit("tokens", str(path), number, number + 1, 0, ""))
+    described = _map(str(path))[0]
+    if (described.get("source"), described.get("tokenizer")) != (_source(unit), tokenizer):
+        raise UserError(f"data.sources: {path} is the shard of another source or tokenizer")
+    return documents
 
 
 def check_tokenizer(manifest: Manifest, fingerprint: str) -> None:
@@ -248,6 +312,7 @@ class Cache:
     def __init__(self, folder: Path, manifest: Manifest, tokenizer: Any, fingerprint: str):
         self.folder = folder / f"{manifest.fingerprint[:16]}-{fingerprint[:16]}"
         self.fingerprint, self.vocab_size = fingerprint, len(tokenizer)
+        self.told = False  # that it cannot be written
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / INDEX).is_file():
@@ -256,18 +321,23 @@ class Cache:
             raise UserError(f"data.cache = {str(folder)!r} cannot be written: {error.strerror}") from None
 
     def get(self, number: int, unit: Unit) -> Documents | None:
-        """The unit's documents; None where they are not there yet, or damaged."""
-        path = self.folder / file_name(number)
-        if not path.is_file():
+        """The unit's documents; None where they are not there yet, or damaged: then `put` replaces them."""
+        try:
+            return find(self.folder, number, unit, self.fingerprint)
+        except UserError as error:
+            log.warning("data.cache: %s; it is made again", str(error).removeprefix("data.sources: "))
             return None
-        with contextlib.suppress(UserError):  # it will be written again
-            return read(Unit("tokens", str(path), number, number + 1, 0, ""))
-        return None
 
     def put(self, number: int, unit: Unit, documents: Documents, ids: Sequence[np.ndarray | None]) -> Documents:
         """Keep them, if there is room; from several processes at once they are the same bytes."""
         packed = pack(documents, ids)
-        with contextlib.suppress(OSError):  # a full disk is no reason to stop: it is a cache
-            data = to_bytes(number, unit, packed, tokenizer=self.fingerprint, vocab_size=self.vocab_size)
+        data = to_bytes(number, unit, packed, tokenizer=self.fingerprint, vocab_size=self.vocab_size)
+        try:
+            if shutil.disk_usage(self.folder).free < SPARE_BYTES + len(data):
+                raise OSError(errno.ENOSPC, f"less than {SPARE_BYTES >> 30} GiB of space left", str(self.folder))
             write_file(self.folder / file_name(number), data)
+        except OSError as error:  # no reason to stop: it is a cache
+            if not self.told:
+                log.warning("data.cache: %s: %s; training goes on without", error.filename, error.strerror)
+            self.told = True
         return packed

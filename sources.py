@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import glob
 import gzip
 import hashlib
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parent
 COMPRESSIONS = (".gz", ".zst")
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".txt")  # the last three also compressed
 SPARE_BYTES = 1 << 30  # of a disk, left free when text is unpacked to it
+CHUNK = 1 << 20  # what is unpacked at a time
 LEFT_BEHIND_SEC = 3600.0  # a temporary file that nobody wrote to for as long is of a process that was killed
 MOST_WINDOW_BYTES = 1 << 31  # that a .zst may ask for (zstd --long=31); its decoder's own limit is 128 MiB
 MOST_OBJECT_CHARACTERS = 1 << 30  # of a value in a JSON array
@@ -242,26 +244,32 @@ def plain_text(file: Path, suffix: str, digest: str, cache: str | None) -> Path:
 
 def _write(target: Path, blocks: Iterator[bytes], file: Path) -> None:
     """Write what `file` holds to the end of the disk's room at most: a few bytes may stand for any number."""
-    full = f"data.sources: {file}: too little space for its text in {target.parent}; see data.cache"
-    with target.open("wb") as out:
-        for block in blocks:
-            try:
+    full = UserError(f"data.sources: {file}: too little space for its text in {target.parent}; see data.cache")
+    try:
+        with target.open("wb") as out:
+            unchecked = CHUNK
+            for block in blocks:
                 out.write(block)
-            except OSError as error:  # a quota, which free space does not show
-                raise UserError(f"{full} ({error.strerror})") from None
-            if shutil.disk_usage(target.parent).free < SPARE_BYTES:
-                raise UserError(full)
-        out.flush()
-        os.fsync(out.fileno())
+                unchecked += len(block)
+                if unchecked >= CHUNK and shutil.disk_usage(target.parent).free < SPARE_BYTES:
+                    raise full
+                unchecked %= CHUNK
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # a quota, which free space does not show
+            raise full from None
+        raise
 
 
 def _decompressed(file: Path) -> Iterator[bytes]:
+    opened: Any = gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")  # noqa: SIM115  # closed below
     try:
-        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
+        with opened as stream:
             if file.suffix == ".zst":
                 yield from _frames(stream)
             else:
-                while block := stream.read(16 << 20):
+                while block := stream.read(CHUNK):
                     yield block
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"data.sources: {file} is damaged: {remote.one_line(error)}") from None
@@ -274,7 +282,7 @@ def _frames(stream: IO[bytes]) -> Iterator[bytes]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=MOST_WINDOW_BYTES)
     frame, begun = decompressor.decompressobj(), False
     try:
-        while block := stream.read(4096):
+        while block := stream.read(1024):
             while block:
                 yield frame.decompress(block)
                 begun, block = not frame.eof, frame.unused_data if frame.eof else b""
@@ -289,6 +297,9 @@ def _frames(stream: IO[bytes]) -> Iterator[bytes]:
 def _is_json_lines(file: Path) -> bool:
     """Whether the first line with anything in it is a JSON object of its own."""
     with file.open("rb") as stream:
+        if stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            return False  # an array may be a single line of any length
+        stream.seek(0)
         for line in iter(lambda: stream.readline(64 << 20), b""):
             if line.strip():
                 try:
@@ -303,7 +314,7 @@ def _array_lines(file: Path, name: Path) -> Iterator[bytes]:
     decode = json.JSONDecoder().raw_decode
     # Bytes that are no UTF-8 become what the reader of lines refuses, and counts.
     with file.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
-        text = stream.read(1 << 20).lstrip()
+        text = stream.read(max(CHUNK, 64)).lstrip()
         if not text.startswith("["):
             raise UserError(f"data.sources: {name}: neither an array of JSON objects nor JSON lines")
         at, number, more = 1, 0, True
@@ -311,23 +322,25 @@ def _array_lines(file: Path, name: Path) -> Iterator[bytes]:
             at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]  # it always matches
             if text.startswith("]", at):
                 break
-            end, value, problem = at, None, ""
+            end, problem = at, ""
             try:
-                value, end = decode(text, at)
+                _, end = decode(text, at)
             except (ValueError, RecursionError) as error:
                 problem = getattr(error, "msg", "") or remote.one_line(error)
+                # Complained of at the end of what is here; 16: `false` or an escape may have begun before it.
                 cut = problem.startswith("Unterminated") or getattr(error, "pos", 0) > len(text) - 16
             else:
-                cut = end == len(text)  # a number may go on
+                cut = end > len(text) - 16  # a number may go on
             if cut and more and len(text) - at < MOST_OBJECT_CHARACTERS:
-                block = stream.read(max(1 << 20, len(text) - at))
+                block = stream.read(max(CHUNK, len(text) - at))
                 text, at, more = text[at:] + block, 0, bool(block)
                 continue
             if problem:
                 raise UserError(f"data.sources: {name}: value {number} of its array cannot be read: {problem}")
-            yield json.dumps(value).encode() + b"\n"
+            # As it was written: a line end in it is one between its tokens.
+            yield text[at:end].replace("\n", " ").encode("utf-8", "surrogateescape") + b"\n"
             at, number = end, number + 1
-        if (text[at + 1 :] + stream.read(1 << 20)).strip():
+        if (text[at + 1 :] + stream.read(CHUNK)).strip():
             raise UserError(f"data.sources: {name}: something follows its array; is it several?")
 
 

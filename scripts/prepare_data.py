@@ -4,7 +4,8 @@
     python train.py --config mini data.sources=shards/fineweb-edu data.tokenizer=shards/fineweb-edu/tokenizer
 
 Training on the shards sees the same rows as training on the sources. Started again after any end, it goes on and comes
-to the same bytes; on a finished folder it checks every shard.
+to the same bytes; on a finished folder it checks every shard. Sources with weights keep them and their epochs, and
+cannot be cut short by --tokens; a folder of sources without takes the weight and epochs that training gives it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import multiprocessing
+import os
+import shlex
+import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,15 +32,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules l
 import config as configuration
 import environment
 import shards
+import tokenizer as tokenizers
 from config import UserError
-from documents import Unit, read_unit
+from documents import Documents, Unit, read_unit
 from options import Parser
+from remote import one_line
 from text import report
-from tokenizer import Encoder, save
+from tokenizer import Encoder
 from tracker import duration
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from dataset import Dataset
+
+TEMPORARY = ("unit-*.safetensors.tmp-*", f"{shards.INDEX}.tmp-*", "tokenizer.tmp-*")
 
 
 class Counts(NamedTuple):
@@ -65,31 +77,42 @@ _encoder: Encoder | None = None  # of this process
 def begin(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process alone decides when to stop, but its end is ours
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes have the cores, threads would fight for them
+
+    def follow() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def make_shard(job: Job) -> Counts:
-    """Write a shard unless it is there, whole and of the same unit."""
+    """Write a shard unless it is there, whole, of the same unit and tokenizer."""
     assert _encoder is not None
-    path = Path(job.folder, shards.file_name(job.number))
-    if path.is_file():
-        with contextlib.suppress(UserError):
-            return _count(path, job.number, old=True)
+    folder = Path(job.folder)
+    path = folder / shards.file_name(job.number)
+    with contextlib.suppress(UserError):
+        found = shards.find(folder, job.number, job.unit, job.tokenizer)
+        if found is not None:
+            return _count(found, path, old=True)
     documents = read_unit(job.unit)
     packed = shards.pack(documents, _encoder(documents.items))
     data = shards.to_bytes(job.number, job.unit, packed, tokenizer=job.tokenizer, vocab_size=job.vocab_size)
     shards.write_file(path, data)
-    return _count(path, job.number, old=False)
+    return _count(packed, path, old=False)
 
 
-def _count(path: Path, number: int, *, old: bool) -> Counts:
-    size = path.stat().st_size
-    read = shards.read(Unit("tokens", str(path), number, number + 1, size, ""))
-    lengths = [len(ids) for ids in read.items]
-    kept = sum(length > 0 for length in lengths)
-    tokens, text_bytes = sum(lengths) + kept, int(read.num_bytes.sum())
-    return Counts(kept, tokens, text_bytes, size, read.skipped, len(lengths) - kept, old)
+def _count(documents: Documents, path: Path, *, old: bool) -> Counts:
+    sizes = list(zip(map(len, documents.items), documents.num_bytes.tolist(), strict=True))
+    kept = [(length, size) for length, size in sizes if length]
+    return Counts(
+        documents=len(kept), tokens=sum(length + 1 for length, _ in kept), text_bytes=sum(size for _, size in kept),
+        shard_bytes=path.stat().st_size, skipped=documents.skipped, refused=len(sizes) - len(kept), old=old,
+    )  # fmt: skip
 
 
 def made(jobs: list[Job], encoder: Encoder, workers: int) -> Generator[Counts, None, None]:
@@ -100,16 +123,34 @@ def made(jobs: list[Job], encoder: Encoder, workers: int) -> Generator[Counts, N
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, begin, (encoder,)) as pool:
-        waiting = [pool.submit(make_shard, job) for job in jobs[: 4 * workers]]
         try:
+            with interrupts_later():  # the processes start here
+                waiting = [pool.submit(make_shard, job) for job in jobs[: 4 * workers]]
             for number in range(len(jobs)):
                 yield waiting.pop(0).result()
                 if number + 4 * workers < len(jobs):
                     waiting.append(pool.submit(make_shard, jobs[number + 4 * workers]))
+        except KeyboardInterrupt:  # whatever they are writing has a temporary name
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
         except BrokenProcessPool:
             raise UserError("a tokenising process died (out of memory?); the same command goes on") from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def interrupts_later() -> Generator[None, None, None]:
+    """Processes that start in here are deaf to Ctrl-C from their first instruction on; this one hears it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def prepare(given: argparse.Namespace) -> None:
@@ -119,35 +160,75 @@ def prepare(given: argparse.Namespace) -> None:
     environment.prepare()
     out = Path(given.out).expanduser()
     known = shards.Index.read(out) if (out / shards.INDEX).is_file() else None
-    if known is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if known is None and out.exists() and (not out.is_dir() or {*out.iterdir()} - _temporary(out)):
         raise UserError(f"--out {out}: exists and is no folder of token shards; choose another")
-    if known is not None and (out / "tokenizer").is_dir():  # made from the sources, perhaps: not to be made again
-        overrides = [*given.overrides, f"data.tokenizer={out / 'tokenizer'}"]
-        mine = open_dataset(configuration.load(given.config, overrides), note=print)
-    else:
-        mine = open_dataset(config, note=print)
+    if known is not None and known.complete and given.tokens:
+        raise UserError(f"--out {out}: is complete; leave out --tokens, or choose another folder")
+    mine = open_dataset(config, fallback=False, note=print)
     units = mine.manifest.units
     if any(unit.kind == "tokens" for unit in units):
         raise UserError("data.sources: these are token shards already")
+    if given.tokens and len(mine.manifest.streams) > 1:
+        raise UserError("--tokens: sources with weights are not cut short, the first would take all; leave it out")
     index = shards.Index.of(mine.manifest, mine.tokenizer, mine.fingerprint, complete=False)
-    if known is not None and (known.identities, known.tokenizer) != (index.identities, index.tokenizer):
-        raise UserError(f"--out {out}: holds shards of other sources or another tokenizer; choose another folder")
+    if known is not None and (known.identities, _weights(known)) != (index.identities, _weights(index)):
+        raise UserError(f"--out {out}: holds shards of other sources, or with other weights; choose another folder")
+    if known is not None and known.tokenizer != index.tokenizer:
+        raise UserError(
+            f"--out {out}: holds shards of another tokenizer; choose another folder, or go on with "
+            f"data.tokenizer={out / 'tokenizer'}"
+        )
     out.mkdir(parents=True, exist_ok=True)
-    for left in out.glob("*.tmp-*"):  # of a run that was killed
-        left.unlink(missing_ok=True)
-    if not (out / "tokenizer" / "tokenizer.json").is_file():
-        (out / "tokenizer").mkdir(exist_ok=True)
-        save(mine.tokenizer, out / "tokenizer")
+    for left in _temporary(out):  # of a run that was killed
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     if known is None:
-        index.write(out)
+        index.write(out)  # first: it tells whose folder this is
+    keep_tokenizer(mine.tokenizer, mine.fingerprint, out / "tokenizer")
     jobs = [Job(str(out), number, unit, mine.fingerprint, len(mine.tokenizer)) for number, unit in enumerate(units)]
     total = run(jobs, mine, given)
-    there = sorted(out.glob("unit-*.safetensors"))
-    for extra in there[total.units :]:  # made ahead of the end that --tokens set
-        extra.unlink()
     shards.Index.of(mine.manifest, mine.tokenizer, mine.fingerprint, complete=total.units == len(units)).write(out)
+    for extra in sorted(out.glob("unit-*.safetensors"))[total.units :]:  # made ahead of the end that --tokens set
+        extra.unlink()
     print(total.describe(out))
-    print(f"next: python train.py --config {given.config} data.sources={out} data.tokenizer={out / 'tokenizer'}")
+    print(f"next: python train.py {shlex.join(for_training(given, out))}")
+
+
+def _weights(index: shards.Index) -> list[tuple[int, float, int | None]]:
+    """What training takes from the folder. The names may change with the place of the sources."""
+    if len(index.streams) == 1:
+        return [(index.num_units, 1.0, None)]
+    return [(part.units, part.weight, part.epochs) for part in index.streams]
+
+
+def _temporary(out: Path) -> set[Path]:
+    return {path for pattern in TEMPORARY for path in out.glob(pattern)}
+
+
+def keep_tokenizer(tok: PreTrainedTokenizerFast, fingerprint: str, folder: Path) -> None:
+    """Save it, unless it is there; what is there appeared as a whole, but may have been changed since."""
+    if folder.is_dir():
+        with contextlib.suppress(UserError):
+            if tokenizers.fingerprint(tokenizers.load(str(folder))) == fingerprint:
+                return
+        shutil.rmtree(folder)
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir()
+        tokenizers.save(tok, temporary)
+        temporary.rename(folder)
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001  # a bare Exception is what tokenizers raises, of a full disk, too
+        raise UserError(f"{folder}: cannot be written: {one_line(error)}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # nothing there after the rename
+
+
+def for_training(given: argparse.Namespace, out: Path) -> list[str]:
+    """train.py's arguments. A path of one part could be taken for the name of a ready list of sources."""
+    place = f"./{out}" if len(out.parts) == 1 else str(out)
+    others = [text for text in given.overrides if not text.startswith(("data.sources=", "data.tokenizer="))]
+    return ["--config", given.config, f"data.sources={place}", f"data.tokenizer={place}/tokenizer", *others]
 
 
 class Total:
@@ -172,16 +253,21 @@ def run(jobs: list[Job], mine: Dataset, given: argparse.Namespace) -> Total:
     """Make the shards up to `--tokens`, with a line of progress."""
     total, start, told = Total(), time.monotonic(), 0.0
     terminal = sys.stderr.isatty()
-    with contextlib.closing(made(jobs, mine.encoder, given.workers)) as counts:
+    new_tokens, known = 0, 0.0  # the share that was there took no tokenising
+    with contextlib.closing(made(jobs, mine.encoder, min(given.workers, len(jobs)))) as counts:
         for found in counts:
             total.add(found)
             spent = time.monotonic() - start
+            share = max(total.units / len(jobs), total.tokens / given.tokens if given.tokens else 0)
+            if found.old:
+                known = share
+            new_tokens += 0 if found.old else found.tokens
             if spent - told >= (0.2 if terminal else 30):
                 told = spent
-                share = max(total.units / len(jobs), total.tokens / given.tokens if given.tokens else 0)
+                left = duration(max(0.0, 1 - share) * spent / (share - known)) if share > known else "?"
                 line = (
                     f"{total.units:,} of {len(jobs):,} units, {total.tokens:,} tokens, "
-                    f"{total.tokens / spent:,.0f} tokens/s, {duration(spent / share - spent)} left"
+                    f"{new_tokens / spent:,.0f} tokens/s, {left} left"
                 )
                 print(
                     f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True
@@ -211,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         return report(error)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
+        print("\r\x1b[K" * sys.stderr.isatty() + "stopped; the same command goes on", file=sys.stderr)
         return 130
     return 0
 

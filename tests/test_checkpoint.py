@@ -490,8 +490,7 @@ def test_a_folder_is_one_process_s(tmp_path):
             pass
         other.kill()
         other.wait()
-        with checkpoint.locked(tmp_path):
-            with pytest.raises(UserError, match="another process"), checkpoint.locked(tmp_path):
-                pass
     with checkpoint.locked(tmp_path):
         assert not list(tmp_path.iterdir())
+    with checkpoint.locked(tmp_path), pytest.raises(UserError, match="another process"), checkpoint.locked(tmp_path):
+        pass

@@ -1,13 +1,16 @@
 """scripts/prepare_data.py: the same bytes whatever happens on the way; mistakes are one line."""
 
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import prepare_data
 import pyarrow as pa
@@ -15,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import shards
+from remote import Unreachable
 
 ROOT = Path(shards.__file__).parent
 posix = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
@@ -28,6 +32,10 @@ def corpus(tmp_path_factory):
     texts = [" ".join(draw.choices(words, k=draw.randrange(5, 300))) for _ in range(1200)]
     pq.write_table(pa.table({"text": texts}), path, row_group_size=20)
     return path
+
+
+def unreachable(kind, name, revision, *, instead):
+    raise Unreachable(f"{name} cannot be reached")
 
 
 def arguments(corpus, out, *more):
@@ -59,33 +67,143 @@ def test_it_says_what_it_did_and_what_comes_next(corpus, tmp_path, capsys, whole
     assert {path: path.stat().st_mtime_ns for path in out.glob("unit-*")} == before
     damaged = out / shards.file_name(7)
     damaged.write_bytes(damaged.read_bytes()[:-1])
+    shutil.copy(out / shards.file_name(3), out / shards.file_name(4))  # whole, but of another unit
+    (out / "tokenizer" / "tokenizer.json").write_text("{}")
     shards._map.cache_clear()
     assert prepare_data.main(arguments(corpus, out)) == 0 and contents(out) == whole
-    assert "60 shards (59 were there" in capsys.readouterr().out
+    assert "60 shards (58 were there" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A corpus of six units, and what an undisturbed run writes of it."""
+    folder = tmp_path_factory.mktemp("few")
+    texts = [f"text number {i}" for i in range(18)]
+    pq.write_table(pa.table({"text": texts}), folder / "few.parquet", row_group_size=3)
+    assert prepare_data.main(arguments(folder / "few.parquet", folder / "shards")) == 0
+    return folder / "few.parquet", contents(folder / "shards")
+
+
+def gone(group):
+    """Whether no process of a group is left, soon."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 @posix
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_and_started_again_it_comes_to_the_same_bytes(corpus, tmp_path, whole, workers):
+    """Killed with or without its processes, and stopped from the keyboard."""
     out = tmp_path / "shards"
     command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *arguments(corpus, out)]
     command += ["--workers", str(workers)]
     draw = random.Random(workers)
-    kills = 0
-    for wanted in sorted(draw.sample(range(1, 50), 2)):
-        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
-        end = time.monotonic() + 60
+    ends = [(os.kill, signal.SIGKILL), (os.killpg, signal.SIGINT)]  # the main process alone; all, as Ctrl-C does
+    met = 0
+    for wanted, (end, number) in zip([draw.randrange(1, 25), draw.randrange(1, 20)], ends, strict=True):
+        wanted += len(list(out.glob("unit-*.safetensors")))  # not before this process made some itself
+        process = subprocess.Popen(
+            command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        limit = time.monotonic() + 60
         while process.poll() is None and len(list(out.glob("unit-*.safetensors"))) < wanted:
-            assert time.monotonic() < end
+            assert time.monotonic() < limit
             time.sleep(0.002)
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills >= 1
+            end(process.pid, number)
+            met += 1
+        told = process.communicate()[1]
+        assert gone(process.pid)
+        if process.returncode == 130:
+            assert told == "stopped; the same command goes on\n"
+        else:
+            assert process.returncode in (0, -signal.SIGKILL), told
+    assert met >= 1
     (out / "unit-00000059.safetensors.tmp-1").write_bytes(b"half")
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
     assert contents(out) == whole
+
+
+class Dead(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("number", range(9))
+def test_dead_at_a_rename_it_goes_on(few, tmp_path, number, after):
+    """Of the index, the tokenizer, each shard, the last index: what a run leaves that dies there, cleaning nothing."""
+    corpus, whole = few
+    out = tmp_path / "shards"
+    renames = 0
+
+    def dying(real):
+        def rename(self, target):
+            nonlocal renames
+            renames += 1
+            if renames <= number:
+                return real(self, target)
+            if after and renames == number + 1:
+                real(self, target)
+            raise Dead
+
+        return rename
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rename", "replace"):
+            patch.setattr(Path, name, dying(getattr(Path, name)))
+        patch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(Dead):
+            prepare_data.main(arguments(corpus, out))
+    assert contents(out) != whole or (number == 8 and after)
+    assert prepare_data.main(arguments(corpus, out)) == 0 and contents(out) == whole
+
+
+def test_a_full_disk_is_one_line_and_no_loss(few, tmp_path, capsys, monkeypatch):
+    corpus, whole = few
+    out = tmp_path / "shards"
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert prepare_data.main(arguments(corpus, out)) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and str(out / "unit-0000000") in told and "No space left" in told
+    assert not list(out.glob("*.tmp-*"))
+    monkeypatch.undo()
+    assert prepare_data.main(arguments(corpus, out)) == 0 and contents(out) == whole
+
+
+def test_the_next_command_is_fit_for_a_shell():
+    given = SimpleNamespace(config="mini", overrides=["data.sources=a", "model.vocab_size=300", "data.tokenizer=bpe"])
+    assert prepare_data.for_training(given, Path("tinystories")) == [  # which is the name of a ready list, too
+        "--config", "mini", "data.sources=./tinystories", "data.tokenizer=./tinystories/tokenizer",
+        "model.vocab_size=300",
+    ]  # fmt: skip
+    assert "data.sources=a b/c" in prepare_data.for_training(given, Path("a b", "c"))
+
+
+def test_sources_that_moved_are_the_same(few, tmp_path):
+    corpus, whole = few
+    out = tmp_path / "shards"
+    moved = tmp_path / "elsewhere" / corpus.name
+    moved.parent.mkdir()
+    shutil.copy(corpus, moved)
+    assert prepare_data.main(arguments(corpus, out, "--tokens", "100")) == 0
+    assert prepare_data.main(arguments(moved, out)) == 0
+    found = contents(out)
+    assert {name for name in whole if found[name] != whole[name]} <= {shards.INDEX}  # it has the path as configured
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -96,29 +214,48 @@ def test_a_number_of_tokens_ends_it_at_the_same_unit(corpus, tmp_path, whole, wo
     shard_names = [name for name in found if name.startswith("unit-")]
     assert 5 < len(shard_names) < 20 and all(found[name] == whole[name] for name in shard_names)
     assert not json.loads(found["index.json"])["complete"] and json.loads(found["index.json"])["num_units"] == 60
-    tokens = int(capsys.readouterr().out.split(" documents, ")[1].split(" tokens")[0].replace(",", ""))
+    told = capsys.readouterr().out
+    assert f"{len(shard_names)} shards (" in told
+    tokens = int(told.split(" documents, ")[1].split(" tokens")[0].replace(",", ""))
     assert 160_000 <= tokens < 200_000
+    name = shards.file_name(len(shard_names) + 2)
+    (out / name).write_bytes(whole[name])  # as a process leaves it that was ahead when the run was killed
+    assert prepare_data.main(arguments(corpus, out, "--tokens", "160_000", "--workers", workers)) == 0
+    assert contents(out) == found
     assert prepare_data.main(arguments(corpus, out)) == 0 and contents(out) == whole
 
 
-def test_mistakes_are_one_line(corpus, tmp_path, capsys):
+def test_mistakes_are_one_line(corpus, tmp_path, capsys, whole):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     shards_folder = tmp_path / "shards"
     assert prepare_data.main(arguments(corpus, shards_folder, "--tokens", "1")) == 0
+    done = tmp_path / "done"
+    for name, data in whole.items():
+        (done / name).parent.mkdir(parents=True, exist_ok=True)
+        (done / name).write_bytes(data)
     other = tmp_path / "b.jsonl"
     other.write_text('{"text": "other"}\n' * 3)
+    weighted = f"data.sources=[{{path: {corpus}, weight: 1}}, {{path: {other}, weight: 1}}]"
+    missing = ["data.sources=nobody/nothing", f"data.fallback={corpus}", "data.tokenizer=bytes"]
     cases = [
         (arguments(corpus, tmp_path / "full"), "exists and is no folder of token shards"),
-        (arguments(other, shards_folder), "holds shards of other sources or another tokenizer"),
+        (arguments(other, shards_folder), "holds shards of other sources"),
+        (arguments(corpus, shards_folder, "data.tokenizer=chars"), "holds shards of another tokenizer"),
+        (arguments(corpus, done, "--tokens", "1"), "is complete; leave out --tokens"),
+        (arguments(corpus, tmp_path / "x", "--tokens", "1", weighted), "sources with weights are not cut short"),
         (arguments(shards_folder, tmp_path / "again"), "token shards have no text|these are token shards already"),
         (arguments(corpus, tmp_path / "x", "--tokens", "many"), "'many' is not a number from 1 on"),
+        (["--config", "quickstart", "--out", str(tmp_path / "x"), *missing], "nobody/nothing"),
         (["--out", "x"], "required: --config"),
         (arguments(corpus, tmp_path / "x", "--wrokers", "2"), "did you mean --workers"),
     ]
     capsys.readouterr()
     for given, said in cases:
-        assert prepare_data.main(given) == 2
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("remote.hub_commit", unreachable)
+            assert prepare_data.main(given) == 2
         told = capsys.readouterr().err
         assert told.count("\n") == 1 and any(part in told for part in said.split("|")), told
-    assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "mine" and contents(done) == whole
+    assert not (tmp_path / "x").exists()

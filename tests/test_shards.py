@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import json
+import logging
 import shutil
+import threading
 import time
 
 import numpy as np
@@ -123,6 +125,15 @@ def lying(name, value):
     return len(text).to_bytes(8, "little") + text + raw[8 + length :]
 
 
+def hostile(ends, tokens):
+    """A shard whose digest is right and whose contents are not."""
+    tensors = {"tokens": np.zeros(tokens, np.uint16), "ends": np.array(ends, np.int64)}
+    for name, kind in (("rows", np.uint32), ("hashes", np.uint64), ("num_bytes", np.uint32)):
+        tensors[name] = np.zeros(len(ends), kind)
+    described = {"format": shards.FORMAT, "unit": "0", "source": "5", "tokenizer": "", "skipped": "0"}
+    return save(tensors, {**described, "sha256": shards._digest(tensors)})
+
+
 DAMAGE = {
     "empty": b"",
     "short": good_shard()[:100],
@@ -138,6 +149,10 @@ DAMAGE = {
     "two dimensions": lying("ends", {"shape": [1, 2]}),
     "lists": lying("ends", {"data_offsets": "ab"}),
     "no digest": lying("__metadata__", {"sha256": ""}),
+    "ends that wrap around": hostile([0, 2**63 - 1, -(2**63), -1, 4], 4),
+    "ends that go back": hostile([3, 1, 4], 4),
+    "ends past the tokens": hostile([5], 4),
+    "tokens of no document": hostile([], 4),
     "no format": lying("__metadata__", {"format": "x"}),
 }
 
@@ -174,7 +189,69 @@ def test_every_bit_of_a_shard_counts(tmp_path):
     assert unnoticed and kept  # names of files and the like, and blanks
 
 
+def test_an_id_past_the_vocabulary_keeps_its_value(tmp_path):
+    """A vocabulary with holes has ids that are larger than its size."""
+    packed = shards.pack(text_documents(["a"]), [np.array([3, 70_000], np.int32)])
+    raw = shards.to_bytes(0, Unit("jsonl", "a", 0, 1, 1, ""), packed, tokenizer="", vocab_size=65_000)
+    shards.write_file(tmp_path / "a", raw)
+    assert shards.read(Unit("tokens", str(tmp_path / "a"), 0, 1, 0, "")).items[0].tolist() == [3, 70_000]
+
+
+def test_a_shard_is_of_its_number_source_and_tokenizer(tmp_path):
+    unit = Unit("jsonl", "a", 0, 1, 1, "")
+    shards.write_file(tmp_path / shards.file_name(0), good_shard())
+    shards.write_file(tmp_path / shards.file_name(1), good_shard())
+    assert shards.find(tmp_path, 2, unit, "") is None
+    found = shards.find(tmp_path, 0, unit, "")
+    assert found is not None and [item.tolist() for item in found.items] == [[0, 1, 2], [0, 1, 2, 3, 4]]
+    for number, other, fingerprint, said in (
+        (1, unit, "", "is the shard of another unit, number 0"),
+        (0, dataclasses.replace(unit, stop=2), "", "of another source or tokenizer"),
+        (0, unit, "f" * 64, "of another source or tokenizer"),
+    ):
+        with pytest.raises(UserError, match=said):
+            shards.find(tmp_path, number, other, fingerprint)
+
+
+def test_a_shard_that_does_not_say_where_it_is_from(tmp_path):
+    (tmp_path / "a").write_bytes(hostile([4], 4))
+    with pytest.raises(UserError, match="does not say what it was made from"):
+        shards.provenance(Unit("tokens", str(tmp_path / "a"), 0, 1, 0, ""))
+
+
+def test_two_threads_write_a_file_as_one_does(tmp_path):
+    """The same unit may be in the last window of an epoch and the first of the next."""
+    path, data, failures = tmp_path / "a", b"x" * 1_000_000, []
+
+    def write():
+        for _ in range(30):
+            try:
+                shards.write_file(path, data)
+            except OSError as error:
+                failures.append(error)
+
+    shards.write_file(path, data)
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert path.read_bytes() == data
+    assert failures == [] and [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
 # ---- the folder
+
+
+def test_documents_are_those_of_the_sources(tmp_path, texts, encoder, tok):
+    streamed = texts("a", "b")
+    mapped = sources.resolve([SourceConfig(path=str(prepare(tmp_path / "shards", streamed, tok)))])
+    assert len(mapped.units) == len(streamed.units) == 13
+    for ours, theirs in zip(mapped.units, streamed.units, strict=True):
+        left, right = read_unit(ours), read_unit(theirs)
+        for name in ("rows", "hashes", "num_bytes"):
+            assert np.array_equal(getattr(left, name), getattr(right, name)) and len(getattr(left, name)) >= 10
+        assert [ids.tolist() for ids in left.items] == [ids.tolist() for ids in encoder(right.items)]
+        assert left.skipped == right.skipped and not left.items[0].flags.writeable  # views of the file
 
 
 @pytest.mark.parametrize("changes", [{}, {"packing": "best_fit"}, {"seed": 9, "shuffle_window": 2}])
@@ -230,6 +307,56 @@ def test_part_of_a_folder_is_another_corpus(tmp_path, texts, tok):
         sources.resolve([SourceConfig(path=str(whole))])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_units": 10**12},
+        {"num_units": -1},
+        {"streams": 5},
+        {"streams": [{"names": ["a"], "weight": float("nan"), "epochs": None, "units": 8}]},
+        {"streams": [{"names": ["a"], "weight": 1, "epochs": 0, "units": 8}]},
+        {"streams": [{"names": ["a"], "weight": 1, "epochs": None}]},
+        {"identities": "x"},
+        {"complete": "perhaps"},
+        {"extra": 1},
+    ],
+    ids=str,
+)
+def test_a_hostile_index_is_one_line_at_once(tmp_path, texts, tok, changes):
+    folder = prepare(tmp_path / "shards", texts("a"), tok)
+    path = folder / shards.INDEX
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    start = time.monotonic()
+    with pytest.raises(UserError, match="no index of token shards") as caught:
+        sources.resolve([SourceConfig(path=str(folder))])
+    assert time.monotonic() - start < 1 and "\n" not in str(caught.value)
+
+
+def test_an_index_that_is_honest_about_a_trillion_units_costs_nothing(tmp_path, texts, tok):
+    folder = prepare(tmp_path / "shards", texts("a"), tok)
+    path = folder / shards.INDEX
+    values = json.loads(path.read_text())
+    values["num_units"] = values["streams"][0]["units"] = 10**12
+    path.write_text(json.dumps(values))
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"lacks unit-00000008\.safetensors"):
+        sources.resolve([SourceConfig(path=str(folder))])
+    path.write_text(json.dumps(values | {"complete": False}))
+    assert len(sources.resolve([SourceConfig(path=str(folder))]).units) == 8
+    assert time.monotonic() - start < 1
+    for text in ("[" * 100_000, "5", "\xff"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="no index of token shards"):
+            Index.read(folder)
+
+
+def test_a_source_with_a_weight_and_no_shard_is_refused(tmp_path, texts, tok):
+    """It would have its share of the rows and no document: training would wait for ever."""
+    folder = prepare(tmp_path / "shards", texts("a", "b", weight=1), tok, complete=False, units=3)
+    with pytest.raises(UserError, match=r"has no shard of .*b.parquet yet"):
+        sources.resolve([SourceConfig(path=str(folder))])
+
+
 def test_another_tokenizer_is_refused(tmp_path, texts, tok):
     folder = prepare(tmp_path / "shards", texts("a"), tok)
     manifest = sources.resolve([SourceConfig(path=str(folder))])
@@ -275,7 +402,7 @@ def test_a_resume_into_the_cache_is_exact(tmp_path, texts, encoder, tok):
             assert np.array_equal(left.tokens, right.tokens) and left.cursor == right.cursor
 
 
-def test_a_damaged_shard_of_the_cache_is_made_again(tmp_path, texts, encoder, tok):
+def test_a_damaged_shard_of_the_cache_is_made_again(tmp_path, texts, encoder, tok, caplog):
     streamed = texts("a")
     plain = rows_of(streamed, encoder)
     cache = Cache(tmp_path / "cache", streamed, tok, tokenizer.fingerprint(tok))
@@ -285,9 +412,16 @@ def test_a_damaged_shard_of_the_cache_is_made_again(tmp_path, texts, encoder, to
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     shards._map.cache_clear()
     assert np.array_equal(rows_of(streamed, encoder, cache=cache)[0], plain[0]) and path.read_bytes() == whole
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1 and "its SHA-256 is not the one it was written with; it is made again" in told[0]
+    other = (cache.folder / shards.file_name(2)).read_bytes()
+    path.unlink()
+    path.write_bytes(other)  # whole, but of another unit
+    shards._map.cache_clear()
+    assert np.array_equal(rows_of(streamed, encoder, cache=cache)[0], plain[0]) and path.read_bytes() == whole
 
 
-def test_a_full_disk_is_no_reason_to_stop(tmp_path, texts, encoder, tok, monkeypatch):
+def test_a_full_disk_is_no_reason_to_stop(tmp_path, texts, encoder, tok, monkeypatch, caplog):
     streamed = texts("a")
     plain = rows_of(streamed, encoder)
     cache = Cache(tmp_path / "cache", streamed, tok, tokenizer.fingerprint(tok))
@@ -298,6 +432,13 @@ def test_a_full_disk_is_no_reason_to_stop(tmp_path, texts, encoder, tok, monkeyp
     monkeypatch.setattr(shards, "write_file", full)
     assert np.array_equal(rows_of(streamed, encoder, cache=cache)[0], plain[0])
     assert not list(cache.folder.glob("unit-*"))
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]  # once, not for every unit
+    assert "No space left on device; training goes on without" in caplog.text
+    monkeypatch.undo()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=shards.SPARE_BYTES))
+    assert np.array_equal(rows_of(streamed, encoder, cache=cache)[0], plain[0])
+    assert not list(cache.folder.glob("unit-*"))  # what is left is for checkpoints
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data.cache = .* cannot be written"):
         Cache(tmp_path / "file", streamed, tok, "")

@@ -1,24 +1,20 @@
-"""sources.py and remote.py: every format, every mistake, and the Hub's path against a server on this machine."""
+"""sources.py and what documents.py reads: every format, every mistake. The Hub's path is in test_remote.py."""
 
 import gzip
-import io
 import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
-from collections import Counter
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
-import fake_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import documents
-import remote
 import sources
 from config import SourceConfig, UserError
 from documents import document_hash, read_unit
@@ -114,6 +110,18 @@ def test_damaged_archives_are_one_line_and_leave_nothing(tmp_path, suffix):
         assert "\n" not in str(caught.value) and not list((tmp_path / "cache" / "plain-text").iterdir())
 
 
+def test_zstandard_s_long_windows_and_frames_are_read(tmp_path):
+    import zstandard
+
+    wide = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=28, strategy=1))
+    stream = wide.compressobj()  # its frame asks for the window, as its size is not known
+    packed = stream.compress(LINES) + stream.flush() + compress(b'{"text": "second frame"}\n', ".zst")
+    (tmp_path / "a.jsonl.zst").write_bytes(packed)
+    assert zstandard.get_frame_parameters(packed).window_size > 128 << 20
+    found = texts(sources.resolve([SourceConfig(path=str(tmp_path / "a.jsonl.zst"))], str(tmp_path / "cache")))
+    assert len(found) == 501 and found[-1] == "second frame"
+
+
 def test_a_bomb_stops_before_the_disk_is_full(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"x" * 50_000_000))
     monkeypatch.setattr(sources, "SPARE_BYTES", 1 << 60)
@@ -135,22 +143,101 @@ def test_json_arrays_and_json_lines(tmp_path):
     for name in ("array.json", "array.json.gz"):
         assert texts(read[name]) == ["a\nb", "c"] and skipped(read[name]) == 1
     for content, said in (
-        ('{"text": "a"', "neither a JSON array nor"),
-        ('"text"', "found a str"),
+        ('{"text": "a"', "neither an array of JSON objects nor JSON lines"),
+        ('"text"', "neither an array"),
         ("[1]", "found a int"),
+        ('[{"text": "a"}, {"text": ?}]', "value 1 of its array cannot be read: Expecting value"),
+        ('[{"text": "a"}, {"text": "b', "value 1 of its array cannot be read: Unterminated string"),
+        ('[{"text": "a"}]\n[{"text": "b"}]', "something follows its array"),
+        ("[" * 100_000, "value 0 of its array cannot be read: "),
     ):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(UserError, match=said):
             sources.resolve([SourceConfig(path=str(tmp_path / "bad.json"))], cache)
+        assert not list((tmp_path / "cache" / "plain-text").glob("*.tmp-*"))
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 40, 1 << 20])
+def test_json_arrays_are_read_bit_by_bit(tmp_path, monkeypatch, chunk):
+    """Wherever the pieces end: in a name, an escape, a number, between two values."""
+    values: list[Any] = [
+        {"text": f'\u00e9 \U0001f600 \\ " ]}},[ {i} \n', "n": [i / 7, -1e-9, None, True, {}]} for i in range(30)
+    ]
+    values[9] = {"text": "word " * 500}
+    values[:0] = [1234567890, -1.25e-30, None, "text", [[]]] * 4  # to be counted as unreadable
+    monkeypatch.setattr(sources, "CHUNK", chunk)
+    for written in (
+        json.dumps(values),
+        json.dumps(values, ensure_ascii=False, indent=1),
+        "\ufeff" + json.dumps(values),
+    ):
+        (tmp_path / "a.json").write_text(written, encoding="utf-8")
+        assert [json.loads(line) for line in sources._array_lines(tmp_path / "a.json", tmp_path)] == values
+
+
+def test_json_arrays_with_bytes_that_are_no_utf8(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'[{"text": "one"},\r\n {"text": "\xff"}, {"text": \r\n "\xc3\xa4"}]')
+    manifest = sources.resolve([SourceConfig(path=str(tmp_path / "a.json"))], str(tmp_path / "cache"))
+    assert texts(manifest) == ["one", "\u00e4"] and skipped(manifest) == 1
+    assert [row for unit in manifest.units for row in read_unit(unit).rows] == [0, 2]
+
+
+def test_what_is_unpacked_passes_through_little_memory(tmp_path):
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps([{"text": "word " * 400}] * 6_000).encode(), 1))
+    tracemalloc.start()
+    (unit, *_) = sources.resolve([SourceConfig(path=str(tmp_path / "a.json.gz"))], str(tmp_path / "cache")).units
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert unit.size > 12_000_000 and peak < 8_000_000
+
+
+def test_a_change_in_the_middle_of_a_packed_file_is_seen(tmp_path, monkeypatch):
+    """Same size, same ends: read as it is, such a change is not looked for; unpacked text must not be stale."""
+    monkeypatch.setattr(sources, "HASH_WHOLE_BYTES", 100)
+    found = []
+    for middle in ("a", "b"):
+        (tmp_path / "a.json").write_text(json.dumps([{"text": "x" * 1_500_000 + middle + "x" * 1_500_000}]))
+        manifest = sources.resolve([SourceConfig(path=str(tmp_path / "a.json"))], str(tmp_path / "cache"))
+        found.append((manifest.fingerprint, texts(manifest)[0][1_500_000]))
+    assert [middle for _, middle in found] == ["a", "b"] and found[0][0] != found[1][0]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    folder = tmp_path / "cache" / "plain-text"
+    folder.mkdir(parents=True)
+    for name, age in (("old.tmp-1", 2 * sources.LEFT_BEHIND_SEC), ("new.tmp-2", 0)):
+        (folder / name).write_bytes(b"half")
+        os.utime(folder / name, (time.time() - age, time.time() - age))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text"))
+    assert texts(sources.resolve([SourceConfig(path=str(tmp_path / "a.txt.gz"))], str(tmp_path / "cache"))) == ["text"]
+    assert sorted(file.suffix for file in folder.iterdir()) == [".tmp-2", ".txt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_quota_is_a_full_disk(tmp_path):
+    with pytest.raises(UserError, match=r"a.txt.gz: too little space for its text in .*; see data.cache"):
+        sources._write(Path("/dev/full"), iter([b"text"]), Path("a.txt.gz"))
+
+
+def test_unpacked_text_lies_beside_the_hub_s_caches(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text"))
+    assert texts(resolve(tmp_path / "a.txt.gz")) == ["text"]
+    assert [file.suffix for file in (tmp_path / "home" / "deepseek-plain").iterdir()] == [".txt"]
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
 @pytest.mark.parametrize("kind", ["file", "stream"])
-def test_arrow_record_batches_are_units(tmp_path, kind):
+def test_arrow_record_batches_are_units(tmp_path, kind, compression):
     table = pa.table({"text": ["one", None, "two", "", "drei ß"], "other": [1, 2, 3, 4, 5]})
     make = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
-    with make(str(tmp_path / "a.arrow"), table.schema) as writer:
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with make(str(tmp_path / "a.arrow"), table.schema, options=options) as writer:
         writer.write_table(table, max_chunksize=2)
     manifest = resolve(tmp_path / "a.arrow")
+    assert [read_unit(unit).rows.tolist() for unit in manifest.units] == [[0], [0], [0]]
     assert [unit.start for unit in manifest.units] == [0, 1, 2] and texts(manifest) == ["one", "two", "drei ß"]
     with pytest.raises(UserError, match=r"no text column 'body' \(text_field\); its columns: text \(string\), other"):
         resolve(tmp_path / "a.arrow", text_field="body")
@@ -324,149 +411,6 @@ def test_a_file_that_goes_away(tmp_path):
     (tmp_path / "a.txt").unlink()
     with pytest.raises(UserError, match="cannot be read"):
         read_unit(manifest.units[0])
-
-
-# ---- the Hub
-
-CARD = b"""---
-configs:
-- config_name: default
-  data_files: [{split: train, path: data/*}]
-- config_name: sample-10BT
-  data_files: [{split: train, path: sample/10BT/*}]
-- config_name: csv
-  data_files: [{split: train, path: csv/*}]
----
-"""
-HUB_CLIENT = """
-import json, sys
-import remote, sources
-from config import SourceConfig, UserError
-from documents import read_unit
-remote.TIMEOUT_SEC = 1
-remote._sleep = lambda seconds: None  # how long it waits is in test_remote.py
-results = []
-for settings in json.loads(sys.argv[1]):
-    try:
-        manifest = sources.resolve([SourceConfig(**settings)])
-        documents = [text for unit in manifest.units for text in read_unit(unit).items]
-        results.append([manifest.fingerprint, [unit.path for unit in manifest.units], documents])
-    except UserError as error:
-        results.append(str(error))
-print(json.dumps(results))
-"""
-
-
-def ask_hub(settings, endpoint, home, **extra):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **extra}
-    env["HF_ENDPOINT"] = endpoint
-    command = [sys.executable, "-W", "error::ResourceWarning", "-c", HUB_CLIENT, json.dumps(settings)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=50)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def parquet_bytes(values):
-    stream = io.BytesIO()
-    ballast = [os.urandom(4000) for _ in values]  # a column that must not be fetched
-    pq.write_table(pa.table({"ballast": ballast, "text": values}), stream, row_group_size=20)
-    return stream.getvalue()
-
-
-def test_hub_row_groups_stream_by_ranges_through_faults(tmp_path):
-    documents = [f"document {i}" for i in range(90)]
-    shards = {"000": parquet_bytes(documents[:50]), "001": parquet_bytes(documents[50:])}
-    files = {f"sample/10BT/{name}_00000.parquet": data for name, data in shards.items()}
-    files |= {"README.md": CARD, "data/0.parquet": parquet_bytes(["full"]), "csv/a.csv": b"text\nx\n"}
-    base = {"path": "owner/set", "name": "sample-10BT"}
-    asked = [
-        base,
-        {**base, "revision": fake_hub.COMMIT},
-        {**base, "name": "sample-1BT"},
-        {**base, "split": "test"},
-        {**base, "text_field": "body"},
-        {**base, "revision": "nope"},
-        {**base, "path": "owner/other"},
-    ]
-    with fake_hub.FakeHub("owner/set", files) as hub:
-        hub.faults = ["", "", "429", "", "503", "", "reset", "429 wait", "truncate", "403", "stall"]  # footers first
-        first, pinned, *problems = ask_hub(asked, hub.endpoint, tmp_path)
-        log, sent_bytes = hub.log, hub.sent_bytes
-    assert not hub.faults
-    assert first[2] == pinned[2] == documents and first[0] == pinned[0]
-    assert first[1][0] == f"hf://datasets/owner/set@{fake_hub.COMMIT}/sample/10BT/000_00000.parquet"
-    ranges = [path for method, path, span in log if span]
-    assert len(ranges) == 2 + 2 * 5 + 7  # footers once, a request for each row group, seven tried again
-    assert not [path for method, path, span in log if method == "GET" and path.endswith(".parquet") and not span]
-    resolved = Counter(path for _, path, _ in log if "/resolve/" in path and path.endswith("_00000.parquet"))
-    assert sorted(resolved.values()) == [1, 2]  # once a file; twice where the address had run out
-    assert sent_bytes < 0.8 * sum(map(len, shards.values()))  # mostly the footers' 64 KiB
-    messages = [
-        "'sample-1BT': BuilderConfig 'sample-1BT' not found. Available: ['default', 'sample-10BT', 'csv']",
-        "has no split 'test'; it has: train",
-        "no text column 'body'",
-        "no such revision",
-        "no such repository on the Hub",
-    ]
-    for problem, message in zip(problems, messages, strict=True):
-        assert message in problem and "\n" not in problem
-
-
-def test_a_hub_dataset_of_other_files_goes_through_datasets(tmp_path):
-    lines = "".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(30)).encode()
-    files = {"README.md": CARD, "data/0.jsonl": lines, "sample/10BT/a.jsonl": b"{x\n"}
-    asked = [
-        {"path": "owner/set"},
-        {"path": "owner/set", "text_field": "body"},
-        {"path": "owner/set", "name": "sample-10BT"},
-    ]
-    with fake_hub.FakeHub("owner/set", files) as hub:
-        found, no_column, broken = ask_hub(asked, hub.endpoint, tmp_path / "first")
-        again, *_ = ask_hub(asked, hub.endpoint, tmp_path / "second")
-    assert found[2] == [f"line {i}" for i in range(30)] and found[1][0].endswith(".arrow") and again[0] == found[0]
-    assert f"owner/set@{fake_hub.COMMIT} has no text column 'body'" in no_column
-    assert "Hub dataset 'owner/set': JSON parse error" in broken and "\n" not in broken
-    with fake_hub.FakeHub("owner/set", {"a.csv": b"text\none\ntwo\n"}) as hub:
-        (found,) = ask_hub([{"path": "owner/set"}], hub.endpoint, tmp_path / "third")
-    assert found[2] == ["one", "two"]
-
-
-@pytest.mark.parametrize("setting", [{}, {"HF_HUB_OFFLINE": "1"}])
-def test_without_the_hub_one_line_says_what_to_do(setting, tmp_path):
-    (problem,) = ask_hub([{"path": "HuggingFaceFW/fineweb-edu"}], "http://127.0.0.1:9", tmp_path, **setting)
-    assert "Hub dataset 'HuggingFaceFW/fineweb-edu': the Hugging Face Hub could not be reached" in problem
-    assert "data.sources=FILE" in problem and "--config quickstart" in problem and "\n" not in problem
-
-
-def test_retries_are_bounded_and_only_for_what_may_pass(monkeypatch):
-    from huggingface_hub import errors
-
-    clock = [0.0]
-    monkeypatch.setattr(remote.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(remote.time, "sleep", lambda wait: clock.__setitem__(0, clock[0] + wait))
-    calls = []
-
-    def read():
-        calls.append(clock[0])
-        if len(calls) < 4:
-            raise TimeoutError("slow")
-        return "data"
-
-    assert remote.retry(read, "file") == "data" and len(calls) == 4 and 3 < clock[0] < 8
-    calls.clear()
-
-    def barred():
-        calls.append(0)
-        response: Any = type("Response", (), {"status_code": 403, "headers": {}, "request": None})()
-        raise errors.HfHubHTTPError("forbidden", response=response)
-
-    with pytest.raises(UserError, match="forbidden"):
-        remote.retry(barred, "file")
-    assert len(calls) == 1
-    clock[0] = 0.0
-    with pytest.raises(UserError, match=r"could not be read from the Hub \(no route"):
-        remote.retry(lambda: (_ for _ in ()).throw(OSError("no route")), "file", seconds=100)
-    assert 30 < clock[0] <= 100
 
 
 @pytest.mark.parametrize("line", ["word " * 60_000, "\u4e2d" * 200_000], ids=["spaces", "none"])
