@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -42,6 +43,8 @@ MOST_INDEX_BYTES = 64 << 20
 SPARE_BYTES = 1 << 30  # of a disk, left free by the cache: checkpoints need it more
 _FILE_NAME = re.compile(r"unit-(\d{8,18})\.safetensors")
 _CHECKED = ConfigDict(extra="forbid")
+
+_TELLING = threading.Lock()
 
 log = logging.getLogger(__name__)
 
@@ -337,7 +340,8 @@ class Cache:
                 raise OSError(errno.ENOSPC, f"less than {SPARE_BYTES >> 30} GiB of space left", str(self.folder))
             write_file(self.folder / file_name(number), data)
         except OSError as error:  # no reason to stop: it is a cache
-            if not self.told:
-                log.warning("data.cache: %s: %s; training goes on without", error.filename, error.strerror)
-            self.told = True
+            with _TELLING:  # the threads that read units come here together
+                if not self.told:
+                    log.warning("data.cache: %s: %s; training goes on without", error.filename, error.strerror)
+                self.told = True
         return packed

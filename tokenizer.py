@@ -20,7 +20,6 @@ from config import UserError
 from remote import Unreachable, hub_commit, one_line
 
 if TYPE_CHECKING:
-    import tiktoken
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -136,32 +135,39 @@ HARD_TEXTS = (
 class Encoder:
     """Documents to token ids, without EOS. Small to send to another process, and no transformers there.
 
-    `backend` is "tokenizers", or "tiktoken" where `fastest` found that it gives the same ids.
+    `backend` is "tokenizers", or "tiktoken" where `fastest` found that it gives the same ids; `reason` says why not.
     """
 
     def __init__(self, tok: PreTrainedTokenizerFast):
         assert isinstance(tok.eos_token_id, int)  # `load` and `make` see to it
         self.eos: int = tok.eos_token_id
         self.backend = "tokenizers"
+        self.reason = ""
         self._json: str = tok.backend_tokenizer.to_str()
         self._slow: Tokenizer | None = None
-        self._fast: tiktoken.Encoding | None = None
+        self._fast: _Tiktoken | None = None
 
     @classmethod
     def fastest(cls, tok: PreTrainedTokenizerFast, sample: Iterable[str]) -> Encoder:
         """With tiktoken where that is installed and gives the same ids for `HARD_TEXTS` and all of `sample`."""
         plain, fast = cls(tok), cls(tok)
         fast.backend = "tiktoken"
+        spelled = [f"a{token.content}b {token.content}" for token in tok.added_tokens_decoder.values()]
         try:
-            if fast._tiktoken() is None:
-                return plain
-            for text in (*HARD_TEXTS, *sample):
+            fast._tiktoken()
+            for text in (*HARD_TEXTS, *spelled, *sample):
                 (wanted,), (found,) = plain([text]), fast([text])
-                if wanted is None or found is None or not np.array_equal(wanted, found):
-                    return plain
-        except Exception:  # noqa: BLE001  # whatever it does not like
-            return plain
-        return fast
+                if not np.array_equal([] if wanted is None else wanted, [] if found is None else found):
+                    raise _Inexpressible(f"tiktoken gives other ids for {text[:40]!r}")
+        except ImportError:
+            plain.reason = "tiktoken is not installed"
+        except BaseException as error:
+            if not _refused(error):
+                raise
+            plain.reason = one_line(error)
+        else:
+            return fast
+        return plain
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_slow": None, "_fast": None}
@@ -174,25 +180,28 @@ class Encoder:
             try:
                 encodings = self._tokenizers().encode_batch_fast(list(texts), add_special_tokens=False)
                 return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-            except Exception:  # noqa: BLE001  # one of them; a bare Exception is what it raises
-                pass
+            except BaseException as error:  # one of them
+                if not _refused(error):
+                    raise
         return [self._encode_slow(text) for text in texts]
 
     def _encode_slow(self, text: str) -> np.ndarray | None:
         try:
             parts = self._tokenizers().encode_batch_fast(list(cut_long(text)), add_special_tokens=False)
-        except Exception:  # noqa: BLE001
+        except BaseException as error:
+            if not _refused(error):
+                raise
             return None
         return np.array([i for part in parts for i in part.ids], dtype=np.int32)
 
     def _encode_fast(self, text: str) -> np.ndarray | None:
-        encoding = self._tiktoken()
-        assert encoding is not None  # `fastest` has seen to it
+        encode = self._tiktoken()
         try:
-            ids = [i for part in cut_long(text) for i in encoding.encode_ordinary(part)]
-        except Exception:  # noqa: BLE001  # its regular expressions give up on some texts
+            return np.concatenate([np.array(encode(part), dtype=np.int32) for part in cut_long(text)])
+        except BaseException as error:  # its regular expressions give up on some texts
+            if not _refused(error):
+                raise
             return self._encode_slow(text)
-        return np.array(ids, dtype=np.int32)
 
     def _tokenizers(self) -> Tokenizer:
         if self._slow is None:
@@ -204,65 +213,137 @@ class Encoder:
             self._slow.no_padding()
         return self._slow
 
-    def _tiktoken(self) -> tiktoken.Encoding | None:
-        """The same byte-level BPE for tiktoken; None where it cannot express it, or is not installed."""
+    def _tiktoken(self) -> _Tiktoken:
         if self._fast is None:
-            try:
-                import tiktoken
-            except ImportError:
-                return None
-            found = _byte_bpe(json.loads(self._json))
-            if found is None:
-                return None
-            pattern, ranks = found
-            self._fast = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+            self._fast = _Tiktoken(json.loads(self._json))
         return self._fast
 
+
+def _refused(error: BaseException) -> bool:
+    """Whether it is about a text. Both libraries are Rust, whose panics are no Exceptions."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+# Where every byte-level tokenizer we know cuts anyway: not after a punctuation mark, which some keep with its newline.
+_LAST_CUT = re.compile(r"[\s\S]*[^\W_](?=[ \n][^\W_])")
+
+
+def cut_long(text: str) -> Iterator[str]:
+    """The text in pieces of at most LONG_CHARACTERS, cut where byte-level tokenizers cut anyway if that can be had."""
+    start = 0
+    while len(text) - start > LONG_CHARACTERS:
+        found = _LAST_CUT.match(text, start, start + LONG_CHARACTERS + 2)
+        end = found.end() if found else start + LONG_CHARACTERS
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+# ---- a byte-level BPE of tokenizers for tiktoken
 
 # GPT-2's, which byte-level pre-tokenizers have built in.
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def _byte_bpe(described: dict[str, Any]) -> tuple[str, dict[bytes, int]] | None:
-    """Splitting pattern, and rank of each token, of a byte-level BPE whose ids are in the order of its merges.
+class _Inexpressible(Exception):
+    """Why tiktoken cannot stand in for a tokenizer."""
 
-    None for other tokenizers. Whether the ids come out equal is for `Encoder.fastest` to see.
+
+class _Tiktoken:
+    """A text to the ids that a byte-level BPE, described by its tokenizer.json, gives it; raises _Inexpressible.
+
+    tiktoken merges the pair whose token has the lowest id, within what one regular expression matches. So ids have to
+    be in the order of the merges. Splits before the last one, and added tokens that texts may spell, are found here.
     """
-    model, splitter = described["model"], described["pre_tokenizer"] or {}
-    if model["type"] != "BPE" or described["normalizer"] or model.get("dropout") or model.get("byte_fallback"):
-        return None
-    steps = splitter.get("pretokenizers", [splitter])
-    if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
-        return None
-    if len(steps) == 1 and steps[0].get("use_regex", True):
-        pattern = _GPT2
-    elif len(steps) == 2 and steps[0].get("type") == "Split" and not steps[-1].get("use_regex", True):
-        if "Regex" not in steps[0]["pattern"] or steps[0]["behavior"] != "Isolated" or steps[0].get("invert"):
-            return None
-        pattern = steps[0]["pattern"]["Regex"]
-    else:
-        return None
+
+    def __init__(self, described: dict[str, Any]):
+        import regex  # tiktoken requires it
+        import tiktoken
+
+        *splits, last = _patterns(described)
+        added = [token for token in described["added_tokens"] if not token["special"]]
+        if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added):
+            raise _Inexpressible("an added token takes the spaces around it, or is a word of its own")
+        self._added = {token["content"]: token["id"] for token in added}
+        longest_first = sorted(map(re.escape, self._added), key=len, reverse=True)
+        self._spelled = re.compile(f"({'|'.join(longest_first)})") if added else None
+        self._splits = [regex.compile(split) for split in splits]
+        self._encoding = tiktoken.Encoding("ours", pat_str=last, mergeable_ranks=_ranks(described), special_tokens={})
+
+    def __call__(self, text: str) -> list[int]:
+        text.encode()  # half a surrogate pair is an error, as with tokenizers; tiktoken would replace it
+        if self._spelled is None:
+            return self._ordinary(text)
+        ids: list[int] = []
+        for number, part in enumerate(self._spelled.split(text)):
+            ids += [self._added[part]] if number % 2 else self._ordinary(part)
+        return ids
+
+    def _ordinary(self, text: str) -> list[int]:
+        pieces = [text]
+        for split in self._splits:
+            pieces = [part for piece in pieces for part in _isolated(split, piece)]
+        encode = self._encoding.encode_ordinary  # takes half the time of `encode`, but panics where that raises
+        return encode(text) if len(pieces) == 1 else [i for piece in pieces for i in encode(piece)]
+
+
+def _isolated(split: Any, text: str) -> Iterator[str]:
+    """The matches of a compiled regular expression and what is between them."""
+    start = 0
+    for match in split.finditer(text):
+        if match.end() > match.start():
+            if match.start() > start:
+                yield text[start : match.start()]
+            yield match[0]
+            start = match.end()
+    if start < len(text):
+        yield text[start:]
+
+
+def _patterns(described: dict[str, Any]) -> list[str]:
+    """Regular expressions that isolate in turn: what the former have left whole is cut by the next."""
+    if described["normalizer"] not in (None, {"type": "Sequence", "normalizers": []}):
+        raise _Inexpressible(f"it has a normalizer ({described['normalizer']['type']})")
+    splitter: dict[str, Any] = described["pre_tokenizer"] or {"type": "None"}
+    *steps, last = splitter.get("pretokenizers") or [splitter]
+    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
+        raise _Inexpressible(f"its pre-tokenizer ends in {last['type']}; plain ByteLevel would do")
+    patterns: list[str] = []
+    for step in steps:
+        if step["type"] == "Digits":
+            patterns.append(r"\p{N}" if step["individual_digits"] else r"\p{N}+")
+        elif step["type"] == "Split" and "Regex" in step["pattern"] and step["behavior"] == "Isolated":
+            patterns.append(step["pattern"]["Regex"])
+        else:
+            raise _Inexpressible(f"its pre-tokenizer has a step of type {step['type']}")
+    if last["use_regex"]:
+        return [*patterns, _GPT2]
+    if not patterns:
+        raise _Inexpressible("its pre-tokenizer cuts nothing")
+    # tokenizers keep what a pattern does not match, tiktoken drops it.
+    return [*patterns[:-1], f"(?:{patterns[-1]})|(?:(?!{patterns[-1]})[\\s\\S])+"]
+
+
+def _ranks(described: dict[str, Any]) -> dict[bytes, int]:
+    """The id of each single byte and each product of a merge, by its bytes."""
+    model = described["model"]
+    if model["type"] != "BPE":
+        raise _Inexpressible(f"it is no BPE but {model['type']}")
+    for key in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model[key]:
+            raise _Inexpressible(f"its model has {key}")
     # GPT-2's table: printable bytes stand for themselves, the others for the characters from 256 on.
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = count(256)
     byte_of = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
-    special = {token["content"] for token in described["added_tokens"]}
-    return pattern, {
-        bytes(byte_of[char] for char in token): rank for token, rank in model["vocab"].items() if token not in special
-    }
-
-
-def cut_long(text: str) -> Iterator[str]:
-    """The text in pieces of at most LONG_CHARACTERS, cut where byte-level tokenizers cut anyway if that can be had."""
-    while len(text) > LONG_CHARACTERS:
-        window = text[: LONG_CHARACTERS + 1]
-        cuts = [found.start() + 1 for found in re.finditer(r"\S(?=\n\S)", window)] or [
-            found.start() + 1 for found in re.finditer(r"\w(?= \w)", window)
-        ]
-        cut = cuts[-1] if cuts else LONG_CHARACTERS
-        yield text[:cut]
-        text = text[cut:]
-    yield text
+    vocab: dict[str, int] = model["vocab"]
+    products = ["".join(merge if isinstance(merge, list) else merge.split(" ")) for merge in model["merges"]]
+    if not byte_of.keys() <= vocab.keys():
+        raise _Inexpressible("not every byte is a token")
+    ids = [vocab[product] for product in products]
+    if ids != sorted(ids):
+        raise _Inexpressible("its ids are not in the order of its merges")
+    return {bytes(byte_of[char] for char in token): vocab[token] for token in (*byte_of, *products)}
 
 
 def _from_pretrained(name: str, path: str, revision: str | None, *, offline: bool) -> PreTrainedTokenizerFast:

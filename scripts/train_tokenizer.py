@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -46,6 +47,8 @@ def make(given: argparse.Namespace) -> None:
     environment.prepare()
     vocab_size = given.vocab_size or config.model.vocab_size
     manifest = sources.resolve(config.data.sources, config.data.cache)
+    if any(unit.kind == "tokens" for unit in manifest.units):
+        raise UserError("data.sources: token shards have no text to make a tokenizer from; name what they were made of")
     threshold = data.split_threshold(manifest, config.data.val_fraction)
     limit_bytes = given.megabytes << 20
     texts = shown(data.training_texts(manifest, threshold, limit_bytes), limit_bytes)
@@ -56,15 +59,17 @@ def make(given: argparse.Namespace) -> None:
     encoder = tokenizers.Encoder.fastest(tok, data.training_texts(manifest, threshold, 1 << 20))
     held_out = data.walk(manifest, data.SPLIT_SCAN_BYTES, lambda value: value < threshold)
     judged = [document.item for document in islice(held_out, JUDGED_DOCUMENTS) if isinstance(document.item, str)]
-    tokens = sum(0 if ids is None else len(ids) for ids in encoder(judged))
-    if tokens:
-        num_bytes = sum(len(text.encode()) for text in judged)
-        print(
-            f"{num_bytes / tokens:.3f} bytes per token on {len(judged)} held-out documents; {encoder.backend} encodes"
-        )
-    print(
-        f"next: python train.py --config {given.config} data.tokenizer={out} model.vocab_size={-(-len(tok) // 64) * 64}"
-    )
+    taken = [(text, ids) for text, ids in zip(judged, encoder(judged), strict=True) if ids is not None and len(ids)]
+    if taken:
+        rate = sum(len(text.encode()) for text, _ in taken) / sum(len(ids) for _, ids in taken)
+        print(f"{rate:.3f} bytes per token on {len(taken)} held-out documents")
+    else:
+        print("no held-out documents to count bytes per token on")
+    print(f"encoded with {encoder.backend}" + (f": {encoder.reason}" if encoder.reason else ""))
+    ours = {"data.tokenizer": str(out), "model.vocab_size": str(-(-len(tok) // 64) * 64)}
+    kept = [override for override in given.overrides if override.partition("=")[0] not in ours]
+    changed = [*kept, *(f"{key}={value}" for key, value in ours.items())]
+    print(f"next: {shlex.join(['python', 'train.py', '--config', given.config, *changed])}")
 
 
 def _count(text: str) -> int:

@@ -1,5 +1,7 @@
 """scripts/train_tokenizer.py: held-out documents are not looked at; what it makes is what training makes."""
 
+import types
+
 import pytest
 import train_tokenizer
 
@@ -16,19 +18,25 @@ def test_it_makes_what_training_makes(tmp_path, capsys, kind):
     arguments = ["--config", "quickstart", "--out", str(out), "--kind", kind, "--vocab-size", "600"]
     assert train_tokenizer.main(arguments) == 0
     told = capsys.readouterr().out
-    assert f"({kind}), end of text is 0" in told and " bytes per token on 15 held-out documents; " in told
+    assert f"({kind}), end of text is 0" in told and " bytes per token on 15 held-out documents\n" in told
+    backend = {"bpe": "tiktoken", "chars": "tokenizers: its pre-tokenizer ends in Split; plain ByteLevel would do"}[
+        kind
+    ]
+    assert f"encoded with {backend}\n" in told
     assert f"next: python train.py --config quickstart data.tokenizer={out} model.vocab_size=" in told
     config = load("quickstart", [f"data.tokenizer={kind}", "model.vocab_size=600"])
     assert tokenizer.fingerprint(tokenizer.load(str(out))) == dataset.open_dataset(config).fingerprint
 
 
 def test_held_out_documents_are_not_looked_at(tmp_path, capsys):
-    (tmp_path / "texts").mkdir()
+    (tmp_path / "the texts").mkdir()
     for i in range(60):
-        (tmp_path / "texts" / f"{i}.txt").write_text(f"{chr(0x4E00 + i)} common words {i}", encoding="utf-8")
+        (tmp_path / "the texts" / f"{i}.txt").write_text(f"{chr(0x4E00 + i)} common words {i}", encoding="utf-8")
     arguments = ["--config", "quickstart", "--out", str(tmp_path / "made"), "--kind", "chars"]
-    assert train_tokenizer.main([*arguments, f"data.sources={tmp_path / 'texts'}", "data.val_fraction=0.2"]) == 0
-    config = load("quickstart", [f"data.sources={tmp_path / 'texts'}"])
+    assert train_tokenizer.main([*arguments, f"data.sources={tmp_path / 'the texts'}", "data.val_fraction=0.2"]) == 0
+    told = capsys.readouterr().out
+    assert f"'data.sources={tmp_path / 'the texts'}' data.val_fraction=0.2 data.tokenizer={tmp_path / 'made'} " in told
+    config = load("quickstart", [f"data.sources={tmp_path / 'the texts'}"])
     manifest = sources.resolve(config.data.sources)
     threshold = data.split_threshold(manifest, 0.2)
     known = set(tokenizer.load(str(tmp_path / "made")).get_vocab())
@@ -36,6 +44,24 @@ def test_held_out_documents_are_not_looked_at(tmp_path, capsys):
     assert 3 < len(held_out) < 30
     for document in data.walk(manifest, 1 << 30):
         assert (document.item[0] in known) == (document.hash >= threshold)
+
+
+def test_bytes_per_token_are_counted(tmp_path, capsys):
+    """One token a byte, one a character: the figures are known."""
+    (tmp_path / "texts").mkdir()
+    for i in range(40):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"{i:02}\u4e2d\u4e2d", encoding="utf-8")  # 8 bytes, 4 characters
+    for kind, rate in (("bytes", "1.000"), ("chars", "2.000")):
+        arguments = ["--config", "quickstart", "--out", str(tmp_path / kind), "--kind", kind]
+        assert train_tokenizer.main([*arguments, f"data.sources={tmp_path / 'texts'}", "data.val_fraction=0.2"]) == 0
+        assert f"{rate} bytes per token on " in capsys.readouterr().out
+
+
+def test_token_shards_have_no_text(tmp_path, capsys, monkeypatch):
+    unit = types.SimpleNamespace(kind="tokens")
+    monkeypatch.setattr(sources, "resolve", lambda *_: types.SimpleNamespace(units=[unit]))
+    assert train_tokenizer.main(["--config", "quickstart", "--out", str(tmp_path / "x")]) == 2
+    assert "token shards have no text" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
