@@ -1,12 +1,13 @@
 """Atomic, verified, pickle-free checkpoints: safetensors and JSON files under a manifest of their SHA-256.
 
-A directory `step_XXXXXXXX` exists only when it is whole: every file is written and synced under a temporary name, the
-manifest last, then the directory is renamed. Bytes depend on the content alone. This module knows names and tensors,
-not the model; reading also takes Hugging Face model directories, which have no manifest.
+A directory `step_XXXXXXXX` exists only when it is whole: every file is written and synced in a temporary directory, the
+manifest last, then the directory is renamed and read back once. Bytes depend on the content alone. This module knows
+names and tensors, not the model; reading also takes Hugging Face model directories, which have no manifest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -16,8 +17,9 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +28,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from config import UserError
+from foreign import FILE_NAME, MAX_NAME, CheckpointError, check_header, plain_file, read_json
+from options import shown
 
-SCHEMA = 1
+SCHEMA = 2  # of the manifest; 1 had no digest of its own and none of the tensors, and is still read
+LEAST_KEPT = 2  # intact checkpoints that retention never touches
+ROOM = 1.2  # of a checkpoint's size, free before a run begins
 MANIFEST = "manifest.json"
 MAX_SHARD_BYTES = 5 * 10**9
-# A hostile file must not make us allocate: DeepSeek-V3's own index has 9 MB, the header of one of its shards 0.1 MB.
-MAX_JSON_BYTES = 64 * 2**20
-MAX_HEADER_BYTES = 10 * 10**6
 
 STEP = re.compile(r"step_(\d{8})")
 # .tmp-: a save that died. .old-: moved aside for a new directory of the same step. .trash-: a deletion that died.
+# A damaged one becomes step_XXXXXXXX.bad-<reason> and stays: scripts/checkpoints.py prune deletes it.
 LEFTOVER = re.compile(r"step_(\d{8})\.(tmp|old|trash)-[0-9a-f]{8}")
-FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -46,14 +49,13 @@ SAFETENSORS_DTYPES = {
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged or not what it says; the message names the file and the reason."""
+Known = set[tuple[str, str]]  # checkpoints that were read back: the name, the SHA-256 of the manifest
 
 
 # ---------------------------------------------------------------------------------------------------------------- save
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a run's folder, if it is there: raises UserError where another process does.
 
@@ -81,6 +83,49 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
+def preflight(folder: Path, num_bytes: int) -> None:
+    """Raise UserError unless `folder`, or the nearest one above it, can be written and has room for `num_bytes`."""
+    there = folder
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"run.dir = {str(folder)!r}: {there} is a file")
+    try:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".preflight-") as file:
+            file.write(b"x")
+            file.flush()
+            os.fsync(file.fileno())
+        free = shutil.disk_usage(there).free
+    except OSError as error:
+        raise UserError(f"run.dir = {str(folder)!r} cannot be written: {there}: {error.strerror}") from None
+    if free < ROOM * num_bytes:
+        raise UserError(
+            f"run.dir = {str(folder)!r}: {free / 2**30:.2f} GiB are free, a checkpoint of this run takes "
+            f"{num_bytes / 2**30:.2f} GiB and a fifth to spare; free some, or give another run.dir=..."
+        )
+
+
+def network_drive(folder: Path, mounts: Path = Path("/proc/mounts")) -> str | None:
+    """The file system's type where a folder lies on a network or cloud drive; None where it does not, or Linux does not
+    tell. Such drives may lose what they have acknowledged, and locks."""
+    try:
+        entries = [line.split(" ")[1:3] for line in mounts.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return None
+    place = folder.resolve()
+    above = [(len(point), kind) for point, kind in entries if place.is_relative_to(point.replace("\\040", " "))]
+    kind = max(above)[1] if above else ""
+    return kind if re.match(r"nfs|cifs|smb|fuse\.(?!overlay|lxcfs)|9p|afs|ceph|gluster|lustre", kind) else None
+
+
+def make_folder(path: Path) -> None:
+    """Like `mkdir -p`, and durable: a folder is lost with the power unless the one that names it was synced."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _sync_directory(folder.parent)
+
+
 def save(
     root: Path,
     step: int,
@@ -88,21 +133,24 @@ def save(
     files: Mapping[str, bytes],
     *,
     keep: int,
+    known: Known | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Write `root/step_XXXXXXXX`, then delete all but the newest `keep`; return its path.
+    """Write `root/step_XXXXXXXX`, read it back, delete older ones as `prune` does; return its path.
 
     `tensors` holds a mapping of tensors per group ("model", "optimizer"), on any device, views and copies welcome;
-    `files` are written as they are. A directory of this step that holds the same bytes already is left alone.
+    `files` are written as they are. A directory of this step that holds the same bytes already is left alone. Raises
+    OSError (a full disk) and CheckpointError (not what was written): then nothing of it is left.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    known = set() if known is None else known
+    make_folder(root)
     final = root / f"step_{step:08d}"
     _sweep(root, "tmp", "trash")  # before writing: a save that died may have filled the disk
     temporary = _aside(final, "tmp")
     temporary.mkdir()
     try:
         entries = write(temporary, tensors, files, max_shard_bytes=max_shard_bytes)
-        manifest = _json_bytes({"schema": SCHEMA, "step": step, "files": dict(sorted(entries.items()))})
+        manifest = _manifest_bytes(step, entries)
         _write_file(temporary / MANIFEST, [manifest])
         _sync_directory(temporary)
         if not _holds(final, manifest):
@@ -113,8 +161,34 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)  # nothing there after the rename
     _sync_directory(root)
     _sync_directory(root.parent)
-    prune(root, keep, never=final)
+    for file in final.iterdir():
+        _forget(file)
+    try:
+        _verify_once(final, known)
+    except CheckpointError:
+        _quarantine(final)
+        raise
+    prune(root, keep, never=final, known=known)
     return final
+
+
+def _manifest_bytes(step: int, entries: Mapping[str, Any]) -> bytes:
+    content = {"schema": SCHEMA, "step": step, "files": dict(sorted(entries.items()))}
+    return _json_bytes(content | {"digest": _digest(content)})
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_json_bytes(content)).hexdigest()
+
+
+def _forget(path: Path) -> None:
+    """Drop a synced file from the page cache: what is read back comes from the disk."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def write(
@@ -125,7 +199,7 @@ def write(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Write and sync groups and files into an empty directory; return {file name: {"bytes", "sha256"}}.
+    """Write and sync groups and files into an empty directory; return {file name: {"bytes", "sha256", "tensors"}}.
 
     `dtypes` names tensors to be stored in another dtype. One tensor at a time is copied to the CPU.
     """
@@ -139,18 +213,55 @@ def write(
     return entries
 
 
-def prune(root: Path, keep: int, *, never: Path | None = None) -> None:
-    """Delete all but the newest `keep` checkpoints, and what dead saves and deletions left; `never` stays.
+def prune(root: Path, keep: int, *, never: Path | None = None, known: Known | None = None) -> list[Path]:
+    """Delete all but the newest `keep` intact checkpoints, and what dead saves and deletions left; `never` stays.
 
-    A failure is logged, not raised: the next save tries again, and training need not stop for it.
+    Nothing goes before `LEAST_KEPT` newer ones were read back whole; what is damaged among those is moved aside.
+    Failures are logged, not raised: the next save tries again, and training need not stop for them. Returns what was
+    deleted.
     """
-    for path in _checkpoints(root)[keep:]:
-        if path != never:
-            try:
-                os.rename(path, _aside(path, "trash"))  # one step: a half deleted directory never looks like a whole
-            except OSError as error:
-                log.warning("cannot delete checkpoint %s: %s", path, error)
-    _sweep(root, "tmp", "trash", "old")
+    intact, deleted = 0, []
+    for path in _checkpoints(root):
+        if intact >= max(keep, LEAST_KEPT):
+            if path != never:
+                try:
+                    os.rename(path, _aside(path, "trash"))  # one step: a half deleted directory never looks whole
+                    deleted.append(path)
+                except OSError as error:
+                    log.warning("cannot delete checkpoint %s: %s", path, error)
+            continue
+        try:
+            _verify_once(path, set() if known is None else known)
+            intact += 1
+        except CheckpointError as error:
+            log.warning("a damaged checkpoint is moved aside: %s", error)
+            _quarantine(path)
+    _sweep(root, "tmp", "trash", *(("old",) if intact else ()))
+    return deleted
+
+
+def _verify_once(path: Path, known: Known) -> None:
+    """Verify unless this very checkpoint was before; raises CheckpointError."""
+    try:
+        key = path.name, hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path / MANIFEST}: {error.strerror}") from None
+    if key not in known:
+        verify(path)
+        known.add(key)
+
+
+def _quarantine(path: Path) -> None:
+    """Rename a damaged checkpoint: it is no longer looked at, and can be examined."""
+    reason = "damaged" if (path / MANIFEST).is_file() else "no-manifest"
+    for number in itertools.count():
+        target = path.with_name(f"{path.name[:13]}.bad-{reason}{f'-{number}' if number else ''}")
+        if not target.exists():
+            break
+    try:
+        os.rename(path, target)
+    except OSError as error:
+        log.warning("cannot move %s aside: %s", path, error)
 
 
 def _write_group(
@@ -200,7 +311,16 @@ def _write_safetensors(
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     contents = (_tensor_bytes(state[name], stored[name]) for name in order)
-    return _write_file(path, itertools.chain([len(head).to_bytes(8, "little"), head], contents))
+    checksums: list[int] = []
+    entry = _write_file(path, itertools.chain([len(head).to_bytes(8, "little"), head], _summed(contents, checksums)))
+    return entry | {"tensors": {name: f"{value:08x}" for name, value in zip(order, checksums, strict=True)}}
+
+
+def _summed(contents: Iterable[memoryview], checksums: list[int]) -> Iterator[memoryview]:
+    """Pass on, with a CRC-32 each: with it a damaged tensor can be named."""
+    for content in contents:
+        checksums.append(zlib.crc32(content))
+        yield content
 
 
 def _tensor_bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
@@ -263,11 +383,11 @@ def find(path: Path | str) -> Path:
 
     Raises UserError when there is none, CheckpointError when a checkpoint is damaged.
     """
-    path = Path(path).expanduser()
     try:
+        path = Path(path).expanduser()
         there = path.is_dir()
-    except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise UserError(f"{path}: {error.strerror}") from None
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder that may not be entered, no such user
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if not there:
         raise UserError(f"{path}: no such directory; give a run, a checkpoint or a Hugging Face model directory")
     if (path / MANIFEST).is_file():
@@ -286,14 +406,24 @@ def find(path: Path | str) -> Path:
     )
 
 
-def latest(root: Path) -> Path | None:
-    """The newest intact checkpoint in `root`. Damaged ones are skipped with a logged warning; nothing is changed."""
+def latest(root: Path, *, quarantine: bool = False, most: int | None = None) -> Path | None:
+    """The newest intact checkpoint in `root`, of at most step `most`. Damaged ones are skipped with a logged warning.
+
+    With `quarantine` they are moved aside, once an intact one is found; otherwise nothing is changed.
+    """
+    damaged: list[Path] = []
     for path in _checkpoints(root, moved_aside=True):
+        if most is not None and int(path.name[5:13]) > most:
+            continue
         try:
             verify(path)
-            return path
         except CheckpointError as error:
             log.warning("skipping a damaged checkpoint: %s", error)
+            damaged.append(path)
+        else:
+            for other in damaged if quarantine else ():
+                _quarantine(other)
+            return path
     return None
 
 
@@ -301,15 +431,19 @@ def verify(path: Path) -> dict[str, Any]:
     """Check a checkpoint's files against its manifest and return it; CheckpointError names what is damaged and how."""
     manifest = read_json(path / MANIFEST)
     files = manifest.get("files")
-    if manifest.get("schema") != SCHEMA or not isinstance(manifest.get("step"), int) or not isinstance(files, dict):
+    schema, step = manifest.get("schema"), manifest.get("step")
+    if schema not in (1, SCHEMA) or type(step) is not int or not isinstance(files, dict):
         raise CheckpointError(f"{path / MANIFEST}: not a manifest of schema {SCHEMA}")
-    if _json_bytes(manifest) != (path / MANIFEST).read_bytes():
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    if _json_bytes(manifest) != (path / MANIFEST).read_bytes() or (
+        schema == SCHEMA and manifest.get("digest") != _digest(content)
+    ):
         raise CheckpointError(f"{path / MANIFEST}: damaged, not the bytes that were written")
     name = STEP.match(path.name)
-    if name and int(name[1]) != manifest["step"]:
-        raise CheckpointError(f"{path / MANIFEST}: says step {manifest['step']}")
+    if name and int(name[1]) != step:
+        raise CheckpointError(f"{path / MANIFEST}: says step {step}")
     for file, entry in files.items():
-        if not FILE_NAME.fullmatch(file) or not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
+        if not FILE_NAME.fullmatch(file) or not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
             raise CheckpointError(f"{path / MANIFEST}: bad entry {file!r}")
         _verify_file(path / file, entry)
     for stray in path.glob("*.safetensors*"):  # would shadow a file that was checked
@@ -320,19 +454,27 @@ def verify(path: Path) -> dict[str, Any]:
 
 def _verify_file(path: Path, entry: Mapping[str, Any]) -> None:
     try:
-        size = path.stat().st_size
+        size = plain_file(path).stat().st_size
         if size != entry["bytes"]:
             raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry['bytes']}")
         digest = hashlib.sha256()
         with open(path, "rb") as file:
             while chunk := file.read(2**20):
                 digest.update(chunk)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     if digest.hexdigest() != entry["sha256"]:
-        raise CheckpointError(f"{path}: damaged, its SHA-256 is not the manifest's")
+        raise CheckpointError(f"{path}: damaged{_in_tensor(path, entry)}, its SHA-256 is not the manifest's")
+
+
+def _in_tensor(path: Path, entry: Mapping[str, Any]) -> str:
+    """Which tensor is not as it was written, for a message; empty where that cannot be told."""
+    with contextlib.suppress(CheckpointError, SafetensorError, AttributeError), _open(path) as handle:
+        for name, checksum in entry.get("tensors", {}).items():
+            tensor = handle.get_tensor(name)
+            if f"{zlib.crc32(_tensor_bytes(tensor, tensor.dtype)):08x}" != checksum:
+                return f" in {name}"
+    return ""
 
 
 def _checkpoints(root: Path, *, moved_aside: bool = False) -> list[Path]:
@@ -359,23 +501,6 @@ def load(path: Path, group: str = "model") -> dict[str, Tensor]:
     return state
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size; CheckpointError names the file and what is wrong with it."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_JSON_BYTES + 1)
-        if len(content) > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
-        value = json.loads(content)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return value
-
-
 def _shards(path: Path, group: str) -> dict[Path, list[str] | None]:
     """The files of a group and which tensors to take from each; None: all."""
     single, index = path / f"{group}.safetensors", path / f"{group}.safetensors.index.json"
@@ -386,24 +511,22 @@ def _shards(path: Path, group: str) -> dict[Path, list[str] | None]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map")
-    for file in weight_map.values():
+    names: dict[Path, list[str] | None] = {}
+    for name, file in weight_map.items():
         if not isinstance(file, str) or not FILE_NAME.fullmatch(file):
-            raise CheckpointError(f"{index}: {file!r} is not the plain name of a file")
-    files = sorted(set(weight_map.values()))
-    return {path / file: [name for name in weight_map if weight_map[name] == file] for file in files}
+            raise CheckpointError(f"{index}: {shown(file)} is not the plain name of a file")
+        if len(name) > MAX_NAME:
+            raise CheckpointError(f"{index}: {shown(name)} is longer than {MAX_NAME} characters")
+        names.setdefault(path / file, []).append(name)  # type: ignore[union-attr]
+    return dict(sorted(names.items()))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _open(path: Path) -> Iterator[Any]:
-    """A safetensors file, its header bounded before it is parsed; errors become CheckpointError."""
+    """A safetensors file, its header checked before the library sees it; errors become CheckpointError."""
     try:
-        with open(path, "rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-        if header_bytes > MAX_HEADER_BYTES:
-            raise CheckpointError(f"{path}: a header of {header_bytes} bytes, at most {MAX_HEADER_BYTES} are read")
+        check_header(path)
         with safe_open(path, framework="pt") as handle:
             yield handle
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing") from None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}") from None

@@ -16,7 +16,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from options import NullWord, Reader, Schema, Section, UserError, dump, shown
+from options import NO_SECRETS, NullWord, Reader, Schema, Section, UserError, dump, shown
+from text import clean, redact
 
 __all__ = [
     "DTYPE_NAMES",
@@ -255,7 +256,13 @@ class TrainConfig(Section):
     max_minutes: float | None = Field(
         default=None,
         gt=0,
-        description="minutes until a run saves and stops; the same command goes on; null: none",
+        description="minutes until a run has saved and stopped; the same command goes on; null: none",
+    )
+    hang_minutes: float = Field(
+        default=10, gt=0, description="minutes after which ranks that wait for one that hangs name it and end the run"
+    )
+    deterministic: bool = Field(
+        default=False, description="on a GPU: the same bits every time, with slower kernels (a CPU's always are)"
     )
     micro_batch: Annotated[
         int | None, BeforeValidator(lambda value: None if value == "auto" else value), NullWord("auto")
@@ -357,7 +364,23 @@ class CheckpointConfig(Section):
     """When the run is saved."""
 
     every_steps: int = Field(default=250, ge=1, description="steps between checkpoints; the last step always saves")
-    keep: int = Field(default=3, ge=1, description="checkpoints to keep")
+    every_minutes: float | None = Field(
+        default=5, gt=0, description="minutes between checkpoints, beside every_steps; null: by steps alone"
+    )
+    keep: int = Field(default=3, ge=1, description="checkpoints to keep; the two newest intact ones always stay")
+
+
+class HubConfig(Section):
+    """A copy of the newest checkpoint on the Hugging Face Hub. The token is HF_TOKEN's, never a key."""
+
+    repo_id: str | None = Field(
+        default=None, min_length=1, description="repository (owner/name), made where there is none; null: no copy"
+    )
+    every_minutes: float = Field(default=30, ge=5, description="least minutes between two pushes")
+    public: bool = Field(default=False, description="whether others may see the repository")
+    keep: int = Field(
+        default=2, ge=1, description="states that gather there before its history is squashed into the newest"
+    )
 
 
 class RunConfig(Section):
@@ -377,6 +400,13 @@ class RunConfig(Section):
             )
         return name
 
+    @field_validator("dir")
+    @classmethod
+    def _plain_dir(cls, folder: str) -> str:
+        if clean(folder) != folder or not folder.isprintable():
+            raise ValueError(f"run.dir = {shown(folder)} holds a character that no name of a folder should have")
+        return folder
+
 
 class Config(Section):
     """A whole run."""
@@ -391,6 +421,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     sample: SampleConfig = SampleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    hub: HubConfig = HubConfig()
 
     @property
     def rows_per_step(self) -> int:
@@ -479,15 +510,28 @@ def load(config: str, overrides: Sequence[str] = ()) -> Config:
         del stored["dir"]  # a run's own config.yaml: that is the default, which follows another name
     for argument in overrides:
         reader.override(argument)
+    _refuse_secrets(reader, reader.tree)
     run = reader.validate().run
     run_name = run.name or path.stem
     reader.tree["run"] = {"name": run_name, "dir": os.path.expanduser(run.dir) or f"runs/{run_name}"}
     return reader.validate()
 
 
+def _refuse_secrets(reader: Reader[Config], value: object, key: str = "") -> None:
+    """No token, no password in a URL: a configuration is printed, kept and uploaded."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_secrets(reader, item, f"{key}.{name}".removeprefix("."))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            _refuse_secrets(reader, item, f"{key}[{number}]")
+    elif isinstance(value, str) and redact(value) != value:
+        raise UserError(f"{reader.origin(key)}: {key} = {shown(redact(value))} holds a secret; {NO_SECRETS}")
+
+
 def to_yaml(config: Config) -> str:
     """Every key of the configuration, in the order of the schema; `load` reads it back to an equal one."""
-    return dump(config)
+    return redact(dump(config))
 
 
 def describe() -> str:

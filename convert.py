@@ -8,6 +8,7 @@ calls it layer L + d and repeats both.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
@@ -157,7 +158,8 @@ def from_checkpoint(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[
     """
     # Some bytes of config.json can ask for millions of tensors: refused before they are listed.
     moe = config.num_hidden_layers - config.first_k_dense_replace + config.num_nextn_predict_layers
-    if 0 < len(tensors) < config.num_hidden_layers + 3 * config.n_routed_experts * moe:
+    wanted = config.num_hidden_layers + 3 * config.n_routed_experts * moe
+    if len(tensors) < wanted and (tensors or wanted > 2**20):
         raise CheckpointError(
             f"{len(tensors)} tensors, too few for the {config.num_hidden_layers} layers and {config.n_routed_experts} "
             "experts of the config"
@@ -165,6 +167,8 @@ def from_checkpoint(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[
     table = list(parameters(config))
     _check_names(tensors, {there for p in table for there, _ in p.slices}, config)
     for p in table:
+        if math.prod(p.shape) >= 2**48:  # beyond any model, and in the end beyond what torch can count
+            raise CheckpointError(f"{p.name} would have shape {list(p.shape)} by the config: too large")
         like = torch.empty(p.shape, device="meta")
         for there, index in p.slices:
             if tensors[there].shape != like[index].shape:

@@ -138,8 +138,8 @@ def inputs(rows_BX: Tensor, seq_len: int, eos: int, *, packed: bool, isolated: b
 
     An EOS ends the document before it, as a target, and starts the one after it, as an input. Where documents are
     isolated, it predicts the next one's first token as it would at the start of a text; where they are `packed` but see
-    each other, it would do so from the wrong document, and predicts nothing unless `crossing`. (There an MTP layer
-    reads token 0: what it is to read is told by the targets.)
+    each other, it would do so from the wrong document, and predicts nothing unless `crossing`. (MTP layers read the
+    token all the same.)
     """
     tokens_BT, targets_BX = rows_BX[:, :seq_len], rows_BX[:, 1:]
     if not packed and not isolated:

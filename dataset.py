@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,12 @@ class Dataset:
     fingerprint: str  # of the tokenizer
     fallback: bool  # whether data.fallback stands in for data.sources
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user would want to know and nothing else tells, a line each."""
+        slow = self.encoder.reason and any(unit.kind != "tokens" for unit in self.manifest.units)
+        return [f"tokenising without tiktoken, several times slower: {self.encoder.reason}"] if slow else []
+
     def validation(self, config: Config) -> Validation:
         """The held-out rows."""
         return data.validation(
@@ -48,7 +55,8 @@ class Dataset:
         """The batches from `cursor` on."""
         cache = None
         if config.data.cache is not None:
-            cache = shards.Cache(Path(config.data.cache).expanduser(), self.manifest, self.tokenizer, self.fingerprint)
+            folder = Path(os.path.expanduser(config.data.cache))
+            cache = shards.Cache(folder, self.manifest, self.tokenizer, self.fingerprint)
         return Feed(
             manifest=self.manifest, encoder=self.encoder, seq_len=config.data.seq_len, extra=tokens_ahead(config),
             rows=config.rows_per_step, seed=config.train.seed, cursor=cursor, threshold=self.threshold,

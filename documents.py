@@ -37,6 +37,8 @@ class Unit:
     size: int  # of the file, bytes
     text_field: str
     name: str = ""  # what it was made from, where that is another file
+    origin: str = ""  # its path within the source, wherever that lies; of a token shard, what it has to be made of
+    source: int = 0  # number among the sources
 
 
 class Documents(NamedTuple):
@@ -68,11 +70,16 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256("".join(self.identities).encode()).hexdigest()
+        return fingerprint(self.identities)
 
     @property
     def units(self) -> tuple[Unit, ...]:
         return tuple(unit for stream in self.streams for unit in stream.units)
+
+
+def fingerprint(identities: Iterable[str]) -> str:
+    """Hex digest of what identifies some sources."""
+    return hashlib.sha256("".join(identities).encode()).hexdigest()
 
 
 def document_hash(text: str) -> int:
@@ -107,7 +114,11 @@ def read_unit(unit: Unit) -> Documents:
         return remote.retry(lambda: _read(unit), unit.path)
     try:
         return _read(unit)
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+    except Exception as error:
+        # pyarrow's errors are of many kinds; a file that was replaced may lack the column.
+        arrow = type(error).__module__.startswith("pyarrow")
+        if not arrow and not isinstance(error, (OSError, ValueError, LookupError)):
+            raise
         raise UserError(f"data.sources: {unit.name or unit.path} cannot be read: {remote.one_line(error)}") from None
 
 
@@ -147,11 +158,12 @@ def row_groups(path: str, size: int, text_field: str) -> list[Unit]:
 
     try:
         footer = _footer(path, size)
-    except (pa.ArrowInvalid, OSError) as error:
+        schema = footer.schema.to_arrow_schema()
+    except (pa.ArrowException, OSError) as error:
         if path.startswith(remote.PREFIX):
             raise  # tried again
         raise UserError(f"data.sources: {path} is not a readable Parquet file: {remote.one_line(error)}") from None
-    _check_column(footer.schema.to_arrow_schema(), text_field, path)
+    _check_column(schema, text_field, path)
     groups = range(footer.num_row_groups)
     return [Unit("parquet", path, i, i + 1, size, text_field) for i in groups if footer.row_group(i).num_rows]
 
@@ -163,7 +175,7 @@ def record_batches(path: str, size: int, text_field: str, name: str = "") -> lis
     try:
         schema, batch, count = _arrow(path)
         filled = [i for i in range(count) if len(batch(i))]
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"data.sources: {path} is not a readable Arrow file: {remote.one_line(error)}") from None
     _check_column(schema, text_field, name or path)
     return [Unit("arrow", path, i, i + 1, size, text_field, name) for i in filled]
@@ -191,7 +203,7 @@ def _arrow(path: str) -> tuple[Any, Callable[[int], Any], int]:
 def _check_column(schema: Any, text_field: str, path: str) -> None:
     import pyarrow as pa
 
-    kind = schema.field(text_field).type if text_field in schema.names else None
+    kind = schema.field(text_field).type if schema.names.count(text_field) == 1 else None
     if kind is not None and pa.types.is_dictionary(kind):
         kind = kind.value_type
     if kind not in (pa.string(), pa.large_string(), pa.string_view()):

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import logging
 import os
 import sys
+import threading
+import traceback
+import warnings
+from typing import Any
 
 from config import UserError
+from text import clean, keep_secret
+
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
+
+
+def tokenise_alone() -> None:
+    """Tokenizers of this process take one thread: others tokenise beside it, and threads would fight for the cores."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def prepare() -> None:
-    """Before torch and Hugging Face libraries are imported: `.env`, GPU and C allocators."""
-    from dotenv import dotenv_values
-
-    try:
-        for name, value in dotenv_values(".env").items():
-            if value:  # an empty HF_HOME would put the cache into this folder
-                os.environ.setdefault(name, value)  # real variables win
-    except ValueError as error:
-        raise UserError(f".env: no plain UTF-8 text ({error})") from None
+    """Before torch and Hugging Face libraries are imported: `.env`, secrets out of sight, GPU and C allocators."""
+    _read_dotenv()
+    keep_secret(*(os.environ.get(name) for name in SECRETS))
+    _guard_outputs()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     old, new = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"  # the new name works from torch 2.11 on
     if old not in os.environ and new not in os.environ:
@@ -30,3 +38,62 @@ def prepare() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def _read_dotenv() -> None:
+    from dotenv import dotenv_values
+
+    try:
+        values = dotenv_values(".env")
+        for name, value in values.items():
+            if value:  # an empty HF_HOME would put the cache into this folder
+                os.environ.setdefault(name, value)  # real variables win
+    except ValueError as error:
+        raise UserError(f".env: no plain UTF-8 text ({error})") from None
+    keep_secret(*(values.get(name) for name in SECRETS))
+    seen = os.name == "posix" and any(values.get(name) for name in SECRETS) and os.stat(".env").st_mode & 0o077
+    if seen and int(os.environ.get("RANK", 0)) == 0:
+        print("warning: others on this machine may read the secrets in .env; chmod 600 .env", file=sys.stderr)
+
+
+def _guard_outputs() -> None:
+    """What is logged, warned of or dies with a traceback shows no secret and gives a terminal no orders.
+
+    Every log record is cleaned as it is made: whatever handlers there are or will be.
+    """
+    make, form = logging.getLogRecordFactory(), warnings.formatwarning
+    if make is not _log_record:
+        _made_by.append(make)
+        logging.setLogRecordFactory(_log_record)
+    if form is not _warning:
+        _formed_by.append(form)
+        warnings.formatwarning = _warning
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _uncaught
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = lambda found: _uncaught(found.exc_type, found.exc_value, found.exc_traceback)
+
+
+_made_by: list[Any] = []
+_formed_by: list[Any] = []
+
+
+def _log_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    record = _made_by[-1](*args, **kwargs)
+    try:
+        record.msg, record.args = clean(record.getMessage()), None
+    except Exception:  # noqa: BLE001  # a message that does not fit its arguments: logging tells of it
+        return record
+    if record.exc_info and record.exc_info[0]:
+        record.exc_text = clean("".join(traceback.format_exception(*record.exc_info)).rstrip("\n"))
+    return record
+
+
+def _warning(*args: Any, **kwargs: Any) -> str:
+    return clean(_formed_by[-1](*args, **kwargs))
+
+
+def _uncaught(kind: Any, error: Any, trace: Any) -> None:
+    if sys.stderr is not None:
+        sys.stderr.write(clean("".join(traceback.format_exception(kind, error, trace))))
+        sys.stderr.flush()

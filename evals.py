@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -15,18 +16,26 @@ from parallel import Mesh
 
 @torch.no_grad()
 def evaluate(
-    model: DeepSeekV3, held_out: Validation, *, rows: int, mesh: Mesh, eos: int | None = None
+    model: DeepSeekV3,
+    held_out: Validation,
+    *,
+    rows: int,
+    mesh: Mesh,
+    eos: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float | None]:
     """`val_loss`, nats per token, and `val_bpb`, bits per UTF-8 byte, both of the main head, EOS included.
 
-    `rows` at a time; every rank takes its share. Empty when there is nothing to evaluate. With `eos` documents are
-    isolated, as in training with data.document_mask.
+    `rows` at a time; every rank takes its share. Empty when there is nothing to evaluate, or `stop`, asked before each of
+    them, says so on any rank. With `eos` documents are isolated, as in training with data.document_mask.
     """
     start, end = mesh.share(len(held_out.tokens))
     one = torch.ones(1, device=mesh.device)
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     most = math.ceil(len(held_out.tokens) / mesh.world_size)
     for batch in range(math.ceil(most / rows)):  # equally many on every rank
+        if any(mesh.any(stop())):
+            return {}
         part = slice(start + batch * rows, min(start + (batch + 1) * rows, end))
         if part.start < part.stop:
             tokens, targets = held_out.tokens[part].to(mesh.device), held_out.targets[part].to(mesh.device)

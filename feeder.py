@@ -26,8 +26,10 @@ from typing import Any
 
 import numpy as np
 
+import environment
 import remote
 from config import UserError
+from signals import ASKS
 from stream import Batch, Feed
 from tokenizer import Encoder
 
@@ -87,7 +89,7 @@ class Feeder(Iterator[Batch]):
         if hasattr(signal, "pthread_sigmask"):
             # A signal to the group must not end the child before it ignores it: a child inherits this thread's mask.
             resource_tracker.ensure_running()  # or the child's start would start it, which unblocks the signals
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            signal.pthread_sigmask(signal.SIG_BLOCK, set(ASKS))
         failures = 0
         while not self._closed.is_set():
             try:
@@ -199,7 +201,7 @@ def _feed(sender: Any, beats: Any, feed: Feed, workers: int, stall_sec: float) -
 
 def _begin_child() -> None:
     """The main process alone decides when to stop, but its end is everyone's."""
-    for name in (signal.SIGINT, signal.SIGTERM):
+    for name in ASKS:
         signal.signal(name, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -299,6 +301,7 @@ class _Worker:
 
 def _tokenise(connection: Any, encoder: Encoder) -> None:
     _begin_child()
+    environment.tokenise_alone()
     tasks: queue.SimpleQueue[tuple[int, Sequence[str]]] = queue.SimpleQueue()
 
     def read() -> None:  # always, or two full pipes would wait for each other

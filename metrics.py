@@ -76,6 +76,7 @@ class Clock:
     """Seconds and tokens of training since the last log entry; evaluation, samples and saves do not count."""
 
     def __init__(self) -> None:
+        self.longest_sec = 0.0  # of a step, its wait included
         self.reset()
 
     def reset(self) -> None:
@@ -89,7 +90,9 @@ class Clock:
         return batch
 
     def step_done(self, tokens: int) -> None:
-        self.train_sec += time.perf_counter() - self._start
+        took = time.perf_counter() - self._start
+        self.train_sec += took
+        self.longest_sec = max(self.longest_sec, took)
         self.tokens += tokens
         self.steps += 1
 

@@ -454,8 +454,9 @@ class DeepSeekV3(nn.Module):
 
         Args:
             tokens_BT: int64 ids. targets: (B, T + depth) or shorter: `targets[:, i]` follows `tokens[:, i]`, already
-                shifted, `losses.IGNORE` where nothing is predicted. MTP head d reads token `targets[:, i+d]` and
-                predicts `targets[:, i+d+1]`; what lies past the end is ignored.
+                shifted, `losses.IGNORE` where nothing is predicted. MTP head d reads the token that follows
+                `tokens[:, i+d]`, whether it is a target or not, and predicts `targets[:, i+d+1]`, unless a target
+                between is left out; what lies past the end is ignored.
             positions: (B, T), default 0..T-1. cache: read and extended. loss_weights: default the mean of the main loss
                 plus the means of the MTP losses.
             doc_ids: (B, T + depth), never falling: the document of each token and of those past the end, which are
@@ -523,14 +524,16 @@ class DeepSeekV3(nn.Module):
         targets = F.pad(targets, (0, max(0, num_seen - targets.shape[1])), value=losses.IGNORE)
         if doc_ids is not None:
             doc_ids = F.pad(doc_ids, (0, max(0, num_seen - doc_ids.shape[1])), value=-1)
+        following = torch.cat((tokens_BT[:, 1:], targets[:, num_tokens - 1 :]), dim=1)
         states, wanted = [hidden_BTD], [targets[:, :num_tokens]]
         lacking_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
         for depth, mtp in enumerate(self.mtp):
-            seen_BT = targets[:, depth : depth + num_tokens]
-            state_BTD, routing = self._run(mtp, states[-1], seen_BT.clamp(min=0), positions_BT, None, mask_B1TT)
+            # As Megatron's, which shifts inputs and loss mask apart: attention reaches positions without a target, too.
+            seen_BT = following[:, depth : depth + num_tokens].clamp(min=0)
+            state_BTD, routing = self._run(mtp, states[-1], seen_BT, positions_BT, None, mask_B1TT)
             states.append(state_BTD)
-            # A position predicts nothing from the first input token on that is missing or of another document.
-            lacking_BT = lacking_BT | (seen_BT < 0)
+            # A position predicts nothing from the first token on that is no target or of another document.
+            lacking_BT = lacking_BT | (targets[:, depth : depth + num_tokens] < 0)
             if doc_ids is not None:
                 lacking_BT = lacking_BT | (doc_ids[:, depth + 1 : depth + 1 + num_tokens] != doc_ids[:, :num_tokens])
             wanted.append(targets[:, depth + 1 : depth + 1 + num_tokens].masked_fill(lacking_BT, losses.IGNORE))

@@ -21,9 +21,20 @@ from yaml.composer import ComposerError
 
 MAX_FILE_BYTES = 65536  # PyYAML reads about 100 kB a second, and a mistake has to be answered within two
 
+MAX_INT = 10**15  # of whole numbers without a limit of their own: what follows from one has to fit 64 bits
+
 
 class UserError(Exception):
     """Something the user can mend. The programs print it as one line and exit with code 2."""
+
+
+# Keys and flags that would hold a secret, and what is said of them. A number is none: it is a mistyped `tokens`.
+_SECRET_NAME = re.compile(r"(?:.*[._-])?(?:tokens?|api_?key|secret|passw(?:or)?d|credentials?)", re.IGNORECASE)
+NO_SECRETS = "a token or password belongs in the environment (HF_TOKEN=...) or in .env, never here"
+
+
+def _is_secret(name: str, value: str = "") -> bool:
+    return bool(_SECRET_NAME.fullmatch(name)) and not re.fullmatch(r"'?[-+.\d_eE]+'?", value)
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,6 +42,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
+        if unknown and _is_secret(unknown[1]):
+            raise UserError(f"{unknown[1]}: no such option; {NO_SECRETS}")
         near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
         message = message.replace("\n", "\\n")
         raise UserError(f"{message}; did you mean {near[0]}?" if near else f"{message} (see --help)")
@@ -71,6 +84,10 @@ def _kind(field: FieldInfo) -> tuple[Any, bool]:
     """The type without None, and whether None is allowed."""
     members = get_args(field.annotation)
     return (members[0], True) if type(None) in members else (field.annotation, False)
+
+
+def _limited(field: FieldInfo) -> bool:
+    return any(hasattr(limit, name) for limit in field.metadata for name in ("le", "lt"))
 
 
 def _general(key: str) -> str:
@@ -159,16 +176,20 @@ class Schema(Generic[Root]):
         typed = _general(typed)[:100]
         parent, dot, leaf = typed.rpartition(".")
         costs = {}
+        best: float = len(typed)
         for key in self.keys:
-            if not dot or "." in key:
-                elsewhere = (2 if dot else 0.5) + _edits(leaf, key.rpartition(".")[2])
-                costs[key] = min(_edits(typed, key), elsewhere)
-        best = min(costs.values())
+            name, aside = key.rpartition(".")[2], 2 if dot else 0.5
+            least = min(abs(len(typed) - len(key)), aside + abs(len(leaf) - len(name)))
+            if least <= best and (not dot or "." in key):
+                costs[key] = min(_edits(typed, key), aside + _edits(leaf, name))
+                best = min(best, costs[key])
         if best <= 2 + len(leaf) // 4:
             return [key for key in costs if costs[key] == best][:4]
         return difflib.get_close_matches(typed, [key for key in costs if key.startswith(f"{parent}.")], 1, 0.75)
 
     def unknown(self, key: str, value: str, where: str) -> UserError:
+        if _is_secret(key, value):
+            return UserError(f"{where}: unknown key {_plain(key)}; {NO_SECRETS}")
         nearest = self.nearest(key)
         parent = _general(key).rpartition(".")[0]
         if len(nearest) == 1:
@@ -248,6 +269,8 @@ class Reader(Generic[Root]):
                 raw = stream.read(MAX_FILE_BYTES + 1)
             if len(raw) > MAX_FILE_BYTES:
                 raise UserError(f"{self.name}: is larger than {MAX_FILE_BYTES} bytes, too large for a configuration")
+            if not raw.strip():
+                raise UserError(f"{self.name}: is empty; for the defaults leave out --config, or write {{}}")
             return raw.decode("utf-8-sig")
         except OSError as error:
             raise UserError(f"{self.name}: cannot be read ({error.strerror})") from None
@@ -265,6 +288,8 @@ class Reader(Generic[Root]):
             raise UserError(f"{where}: {shown(argument)} must have the form {form}")
         if key in self.schema.sections:
             raise UserError(f"{given}: {key} is a section; set one of its keys, as {key}.KEY=VALUE")
+        if key not in keys and _is_secret(key, text):
+            raise self.schema.unknown(key, shown(text), where)
         whole = next((k for k in keys if key.startswith((f"{k}.", f"{k}[")) and not self.schema.holds_keys(k)), None)
         if whole:
             raise UserError(f"{given}: set {whole} as a whole; it is {self.schema.allowed(whole)}")
@@ -308,7 +333,13 @@ class Reader(Generic[Root]):
         if tag == "str" or (tag in _SCALARS and self.schema.takes_text(key, node.value)):
             return self._text(node.value, key, spot)
         try:
-            return _SCALARS[tag][2](node.value)
+            value = _SCALARS[tag][2](node.value)
+            field = self.schema.keys.get(_general(key))
+            if tag == "int" and field is not None and abs(value) > MAX_INT and not _limited(field):
+                raise UserError(
+                    f"{spot}: {_plain(key)} = {shown(value)} must be {self.schema.allowed(key)}, and at most {MAX_INT}"
+                )
+            return value
         except KeyError:
             raise UserError(
                 f"{spot}: {_plain(key)} = {shown(node.value)} has the tag {_plain(node.tag)}; tags are not supported"
@@ -338,7 +369,8 @@ class Reader(Generic[Root]):
             raise UserError(f"{where}: {_plain(key)} = {shown(text)} holds a character that no text can have")
         return text
 
-    def _origin(self, key: str) -> str:
+    def origin(self, key: str) -> str:
+        """Where the value of a key, or of what holds it, was given."""
         while key and key not in self.origins:
             key = key[: max(key.rfind("."), key.rfind("["), 0)]
         return self.origins.get(key, self.name)
@@ -355,7 +387,7 @@ class Reader(Generic[Root]):
             message = str(error.get("ctx", {})["error"])
             named = [self.origins[name] for name in re.findall(r"[\w.]+", message) if name in self.origins]
             raise UserError(f"{', '.join(dict.fromkeys(named)) or self.name}: {message}")
-        where, allowed = self._origin(key), self.schema.allowed(key)
+        where, allowed = self.origin(key), self.schema.allowed(key)
         if error["type"] == "missing":
             raise UserError(f"{where}: {key} is missing; it must be {allowed}")
         if error["type"] == "finite_number":

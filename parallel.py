@@ -7,13 +7,16 @@ import inspect
 import os
 import re
 import shutil
+import socket
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +29,8 @@ from config import UserError
 T = TypeVar("T")
 TORCH_RANGE = "torch>=2.9,<2.14"
 PEAK_BUDGET_SEC = 0.2  # of measuring
+START_TIMEOUT = timedelta(minutes=30)  # until the first step: rank 0 may list, download and train a tokenizer
+BEAT_SEC = 1.0
 # Dense 16-bit matrix products with fp32 accumulation, TFLOP/s, from the vendor's data sheets, by the ends of device
 # names; whatever else there is (Ti, SUPER, Laptop, PCIe) is measured.
 NOMINAL_TFLOPS = {
@@ -41,6 +46,7 @@ class Mesh:
     rank: int
     world_size: int
     device: torch.device
+    group: Any = None  # of the collectives; None: all processes
 
     @property
     def is_main(self) -> bool:
@@ -49,30 +55,42 @@ class Mesh:
     def sum(self, tensor: Tensor) -> Tensor:
         """The tensor summed over ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. Over the CPU's backend, so that no GPU is waited for."""
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on any rank. Over the CPU's backend, so that no GPU is waited for."""
         if self.world_size == 1:
-            return flag
-        votes = torch.tensor(int(flag))
-        dist.all_reduce(votes)
-        return bool(votes)
+            return list(flags)
+        votes = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(votes, group=self.group)
+        return [vote > 0 for vote in votes.tolist()]
+
+    def to_main(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Every rank's tensors on rank 0, nothing elsewhere; on the CPU, of the same names and shapes on all ranks."""
+        if self.world_size == 1:
+            return [tensors]
+        gathered: list[dict[str, Tensor]] = [{} for _ in range(self.world_size if self.is_main else 0)]
+        for name, tensor in tensors.items():
+            parts = [torch.empty_like(tensor) for _ in gathered]
+            dist.gather(tensor, parts or None, dst=0, group=self.group)
+            for state, part in zip(gathered, parts, strict=True):
+                state[name] = part
+        return gathered
 
     def least(self, number: int) -> int:
         """The smallest of all ranks' numbers."""
         if self.world_size == 1:
             return number
         numbers = torch.tensor(number)
-        dist.all_reduce(numbers, dist.ReduceOp.MIN)
+        dist.all_reduce(numbers, dist.ReduceOp.MIN, group=self.group)
         return int(numbers)
 
     def from_main(self, value: T | None) -> T:
         """Rank 0's value, on every rank. A UserError there becomes one everywhere: no rank waits for another."""
         box = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"), group=self.group)
         if isinstance(box[0], UserError):
             raise box[0]
         return box[0]  # type: ignore[return-value]
@@ -89,12 +107,129 @@ def processes(*, allow_cpu: bool) -> Iterator[Mesh]:
     device = pick_device(int(os.environ.get("LOCAL_RANK", 0)), allow_cpu=allow_cpu)
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=START_TIMEOUT)
     try:
         yield Mesh(rank, world_size, device)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class Watch:
+    """Names the rank that hangs or has died, and ends this process, with one line, after `timeout_sec`.
+
+    A thread of every rank tells a store on rank 0 that it lives and how far its main thread is. Collectives alone would
+    not say whom they wait for, and NCCL's do not return. As a context it adds that to a collective's own error.
+    """
+
+    def __init__(self, mesh: Mesh, timeout_sec: float, die: Callable[[str], None] | None = None):
+        self.mesh, self.timeout_sec = mesh, timeout_sec
+        self.die = _die if die is None else die
+        self.place, self.since = "the start", time.monotonic()
+        self.last: dict[int, _Word] = {}  # of the other ranks
+        self.over = threading.Event()
+        if mesh.world_size == 1:
+            return
+        host, timeout = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=timeout_sec)
+        store = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+        own = store(host, 0, None, True, timeout, wait_for_workers=False) if mesh.is_main else None
+        port = mesh.from_main(None if own is None else own.port)
+        assert port is not None
+        self.store = own or store(host, port, None, False, timeout, wait_for_workers=False)
+        self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self.thread.start()
+
+    def at(self, place: str) -> None:
+        """This rank's main thread has come on to `place`."""
+        self.place, self.since = place, time.monotonic()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        told = ""
+        if self.mesh.world_size > 1 and isinstance(error, RuntimeError) and re.search("gloo|NCCL|c10d", str(error)):
+            time.sleep(min(self.timeout_sec, 7 * BEAT_SEC))  # who is alive has spoken by then
+            told = f"rank {self.mesh.rank}, {self.place}: {self.blame()}"
+        self.over.set()
+        if self.mesh.world_size > 1:
+            self.thread.join()
+        if told:
+            raise RuntimeError(told) from error
+
+    def blame(self) -> str:
+        """The other rank that is silent, or else behind all others, for a message."""
+        if not self.last:
+            return "no other rank was heard of"
+        now = time.monotonic()
+        rank, word = max(self.last.items(), key=lambda item: (now - item[1].heard > 5 * BEAT_SEC, item[1].age(now)))
+        silent = now - word.heard
+        what = f"silent for {silent:.0f} s" if silent > 5 * BEAT_SEC else f"stuck for {word.age(now):.0f} s"
+        return f"rank {rank} on {word.host or 'an unknown machine'} is {what}, last seen at {word.place or 'the start'}"
+
+    def _run(self) -> None:
+        mine, host = str(self.mesh.rank), socket.gethostname()
+        others = [rank for rank in range(self.mesh.world_size) if rank != self.mesh.rank]
+        self.last = {rank: _Word("", time.monotonic(), 0.0, "", "") for rank in others}
+        beat, lost = 0, False
+        while not self.over.wait(min(BEAT_SEC, self.timeout_sec / 10)):
+            beat += 1
+            age = time.monotonic() - self.since
+            try:
+                if not lost:
+                    self.store.set(mine, f"{beat}|{age:.1f}|{host}|{self.place}")
+                    for rank in others:
+                        self._hear(rank)
+            except RuntimeError:  # it died with rank 0, which is silent from now on; so are all others, but not as long
+                lost = True
+                self.last[0] = self.last[0]._replace(heard=self.last[0].heard - self.timeout_sec / 2)
+            now = time.monotonic()
+            silent = any(now - word.heard > self.timeout_sec for word in self.last.values() if not word.done)
+            if silent or age > 1.5 * self.timeout_sec:  # a collective that can, has given up by then
+                self.die(f"rank {mine}, {self.place}: {self.blame()}")
+                return
+        with contextlib.suppress(RuntimeError):
+            self.store.set(mine, f"{beat + 1}|0|{host}|{_DONE}")
+
+    def _hear(self, rank: int) -> None:
+        raw = self.store.get(str(rank)).decode() if self.store.check([str(rank)]) else ""
+        if raw != self.last[rank].raw:
+            _, age, host, place = raw.split("|", 3)
+            self.last[rank] = _Word(raw, time.monotonic(), float(age), host, place)
+
+
+_DONE = "the end"
+
+
+class _Word(NamedTuple):
+    """The last a rank told: when it came, how long its main thread had been at its place by then."""
+
+    raw: str
+    heard: float
+    stuck_sec: float
+    host: str
+    place: str
+
+    @property
+    def done(self) -> bool:
+        return self.place == _DONE
+
+    def age(self, now: float) -> float:
+        return now - self.heard + self.stuck_sec
+
+
+def _die(message: str) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def for_training(mesh: Mesh, timeout_sec: float) -> Mesh:
+    """The same ranks with collectives that give up after `timeout_sec`: nobody waits for long once steps begin."""
+    if mesh.world_size == 1:
+        return mesh
+    backend = "cpu:gloo,cuda:nccl" if mesh.device.type == "cuda" else "gloo"
+    return replace(mesh, group=dist.new_group(backend=backend, timeout=timedelta(seconds=timeout_sec)))
 
 
 def pick_device(local_rank: int, *, allow_cpu: bool) -> torch.device:
@@ -139,8 +274,15 @@ def cpu_has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
-def set_arithmetic(precision: str, device: torch.device) -> None:
-    """TF32 for fp32 runs on Ampere and later; in 16-bit runs the router's products stay exact, fp16's sums in fp32."""
+def set_arithmetic(precision: str, device: torch.device, *, deterministic: bool = False) -> None:
+    """TF32 for fp32 runs on Ampere and later; in 16-bit runs the router's products stay exact, fp16's sums in fp32.
+
+    `deterministic`: the same numbers every time also on a GPU; an operation that cannot is an error.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if precision == "fp32" else "highest")
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -153,7 +295,7 @@ def parallelize(model: nn.Module, mesh: Mesh) -> nn.Module:
     # Buffers are router biases, which every rank updates from the same global counts.
     known = inspect.signature(DistributedDataParallel).parameters
     off = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in torch 2.13
-    options: dict[str, Any] = {off: False, "gradient_as_bucket_view": True}
+    options: dict[str, Any] = {off: False, "gradient_as_bucket_view": True, "process_group": mesh.group}
     return DistributedDataParallel(model, **options)
 
 

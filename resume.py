@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import random
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
@@ -23,20 +26,21 @@ from model import DeepSeekV3
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SCHEMA = 2
+SCHEMA = 3  # 2 lacked rollbacks and environment, and kept the generators of rank 0 alone; it is still read
 MAY_DIFFER = {  # from the model of train.init_from: what no tensor's shape or meaning depends on, and context extension
     "num_nextn_predict_layers", "initializer_range", "aux_loss_alpha", "max_position_embeddings", "rope_scaling",
 }  # fmt: skip
 STATE_FILE = "training_state.json"
 RUN_FILES = {
     "config.yaml", "metrics.jsonl", "samples.md", "checkpoints", "metrics.tmp", "samples.tmp", "profile.json",
-    "profile.txt",
+    "profile.txt", "diverged.json",
 }  # fmt: skip
 # What may change on resume: it decides how long, how visibly and how comfortably a run goes on, not what it learns.
 FREE_SECTIONS = ("run", "ops", "log", "eval", "sample", "checkpoint")
 FREE_KEYS = {
     "data.workers", "data.cache", "data.max_skipped", "train.steps", "train.tokens_per_active_param",
-    "train.max_minutes", "train.micro_batch", "train.recompute", "train.compile", "train.init_from",
+    "train.max_minutes", "train.hang_minutes", "train.deterministic", "train.micro_batch", "train.recompute",
+    "train.compile", "train.init_from",
 }  # fmt: skip
 
 
@@ -58,6 +62,8 @@ class TrainState:
     fallback: bool = False  # trained on data.fallback
     loss_scale: dict[str, Any] = field(default_factory=dict)
     ops: dict[str, str] = field(default_factory=dict)  # the paths taken, see probe.py
+    rollbacks: int = 0
+    environment: dict[str, Any] = field(default_factory=dict)  # torch's version, the device, the number of ranks
     origin: str = ""  # SHA-256 of the manifest of the checkpoint that --resume PATH branched off from
 
     def ended(self, config: Config, steps: int) -> bool:
@@ -79,8 +85,12 @@ class TrainState:
                 f"--resume {path}: a model without training state; to start from its weights: train.init_from={path}"
             )
         values = checkpoint.read_json(path / STATE_FILE)
-        if values.pop("schema", None) != SCHEMA:
-            raise UserError(f"{path / STATE_FILE}: not of schema {SCHEMA}; written by another version of this program")
+        schema = values.pop("schema", None)
+        if schema not in (2, SCHEMA):
+            raise UserError(
+                f"{path / STATE_FILE}: of schema {schema}, this version of the program reads 2 and {SCHEMA}; go on "
+                f"with the version that wrote it, or start from its weights: train.init_from={path}"
+            )
         try:
             return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
         except ValidationError as error:
@@ -108,14 +118,15 @@ def _unplaced(name: str) -> str:
 def pick(run_dir: Path, wanted: str) -> Path | None:
     """The checkpoint to go on from: the newest intact one (`auto`), none (`never`) or the one given.
 
-    Nothing is changed; `move_aside` comes later, when everything else has worked.
+    Newer ones that are damaged are renamed, nothing else is changed; `move_aside` comes later, when everything else has
+    worked.
     """
     checkpoints = run_dir / "checkpoints"
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run.dir = {str(run_dir)!r} is a file; give the name of a folder")
     if wanted == "never":
         return None
-    newest = checkpoint.latest(checkpoints)
+    newest = checkpoint.latest(checkpoints, quarantine=True)
     if wanted == "auto":
         found = [path.name for path in checkpoints.iterdir()] if newest is None and checkpoints.is_dir() else []
         damaged = [name for name in found if checkpoint.STEP.fullmatch(name)]
@@ -237,19 +248,43 @@ def load_initial_weights(model: DeepSeekV3, config: Config) -> None:
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """torch's global generators."""
+    """This rank's global generators: of torch, its GPU, Python and numpy. The loop itself draws nothing from them."""
+    _, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
+    return {
+        "cpu": torch.get_rng_state(),
+        "python": torch.tensor(words),
+        "python_gauss": torch.tensor([math.nan if gauss is None else gauss], dtype=torch.float64),
+        "numpy": torch.tensor([*map(int, keys), position, has_gauss]),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        **cuda,
+    }
 
 
-def restore_rng(seed: int, start: Path | None, device: torch.device) -> None:
-    """torch's global generators as they were after the checkpoint's step. The loop itself draws nothing from them."""
-    torch.manual_seed(seed)
-    if start is not None:
-        states = checkpoint.load(start, "rng")
-        torch.set_rng_state(states["cpu"].clone())
-        if device.type == "cuda" and "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"].clone(), device)
+def restore_rng(seed: int, start: Path | None, device: torch.device, rank: int = 0) -> None:
+    """The global generators as this rank's were after the checkpoint's step; where it had no such rank, fresh ones."""
+    torch.manual_seed(seed + rank)
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    if start is None:
+        return
+    saved = checkpoint.load(start, "rng")
+    states = {key.rpartition(".")[2]: value.clone() for key, value in saved.items() if _rank_of(key) == rank}
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    if "python" in states:  # schema 2 has torch's alone
+        gauss = float(states["python_gauss"])
+        random.setstate((3, tuple(states["python"].tolist()), None if math.isnan(gauss) else gauss))
+        *keys, position, has_gauss = states["numpy"].tolist()
+        np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, float(states["numpy_gauss"])))
+
+
+def _rank_of(key: str) -> int:
+    """`rank1.cpu`; without a rank in schema 2."""
+    return int(key.partition(".")[0].removeprefix("rank")) if "." in key else 0
 
 
 def model_files(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:

@@ -3,10 +3,12 @@
 A folder of shards holds `unit-00000012.safetensors` for each unit, the tokenizer, and `index.json`, which says what the
 units were made of. Streaming the sources and reading such a folder gives the same units with the same documents in the
 same order, so training on either is the same. Nothing in a file depends on time, machine or where the folder lies.
+A shard says of which documents and tokenizer its folder was made, and is refused in any other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -17,6 +19,7 @@ import re
 import secrets
 import shutil
 import threading
+import time
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -29,11 +32,11 @@ from pydantic.dataclasses import dataclass
 from safetensors.numpy import save
 
 from config import SourceConfig, UserError
-from documents import Documents, Manifest, Stream, Unit
+from documents import Documents, Manifest, Stream, Unit, fingerprint
 from remote import one_line
 
 INDEX = "index.json"
-FORMAT = "deepseek-tokens-1"
+FORMAT = "deepseek-tokens-2"
 DTYPES = {"U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "I64": np.int64}
 TENSORS = {  # name: the dtypes it may have, in the order that is hashed
     "tokens": ("U16", "U32"), "ends": ("I64",), "rows": ("U32",), "hashes": ("U64",), "num_bytes": ("U32",),
@@ -41,6 +44,7 @@ TENSORS = {  # name: the dtypes it may have, in the order that is hashed
 MOST_HEADER_BYTES = 1 << 20
 MOST_INDEX_BYTES = 64 << 20
 SPARE_BYTES = 1 << 30  # of a disk, left free by the cache: checkpoints need it more
+LEFT_BEHIND_SEC = 4 * 3600.0  # a temporary file that nobody wrote to for as long is of a process that was killed
 _FILE_NAME = re.compile(r"unit-(\d{8,18})\.safetensors")
 _CHECKED = ConfigDict(extra="forbid")
 
@@ -82,8 +86,10 @@ class Index:
             if len(raw) > MOST_INDEX_BYTES:
                 raise ValueError(f"larger than {MOST_INDEX_BYTES} bytes")
             values = json.loads(raw)
-            if values.pop("format", None) != FORMAT:
-                raise ValueError(f"not of format {FORMAT}")
+            found = values.pop("format", None)
+            if found != FORMAT:
+                older = str(found).startswith("deepseek-tokens")
+                raise ValueError(f"not of format {FORMAT}" + "; an earlier version's: make it again elsewhere" * older)
             index = cls(**values)
             if index.num_units != sum(part.units for part in index.streams):
                 raise ValueError("its streams do not have num_units units")
@@ -97,15 +103,33 @@ class Index:
 
     @classmethod
     def of(cls, manifest: Manifest, tokenizer: Any, fingerprint: str, *, complete: bool) -> Index:
-        streams = [Layout(list(s.names), s.weight, s.epochs, len(s.units)) for s in manifest.streams]
+        streams = [Layout(list(map(_unplaced, s.names)), s.weight, s.epochs, len(s.units)) for s in manifest.streams]
         return cls(
             list(manifest.identities), streams, len(manifest.units), complete, fingerprint, len(tokenizer),
             tokenizer.eos_token_id,
         )  # fmt: skip
 
 
+def is_folder(folder: Path) -> bool:
+    """Whether it is one of token shards, or was meant to be: others, too, call a file index.json."""
+    path = folder / INDEX
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        ours = b"deepseek-tokens-" in file.read(4096)
+    return ours or any(_FILE_NAME.fullmatch(name) for name in os.listdir(folder))
+
+
 def file_name(number: int) -> str:
     return f"unit-{number:08d}.safetensors"
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed. Those of live ones are younger, wherever they run."""
+    for left in folder.glob("*.tmp-*"):
+        with contextlib.suppress(OSError):  # someone else was faster
+            if time.time() - left.stat().st_mtime > LEFT_BEHIND_SEC:
+                left.unlink()
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -132,8 +156,8 @@ def pack(documents: Documents, ids: Sequence[np.ndarray | None]) -> Documents:
     return documents._replace(items=[empty if found is None else found for found in ids])
 
 
-def to_bytes(number: int, unit: Unit, documents: Documents, *, tokenizer: str, vocab_size: int) -> bytes:
-    """A shard's file. `documents` as `pack` makes them."""
+def to_bytes(number: int, unit: Unit, documents: Documents, *, corpus: str, tokenizer: str, vocab_size: int) -> bytes:
+    """A shard's file. `documents` as `pack` makes them. corpus, tokenizer: fingerprints of what the folder is of."""
     ends = np.cumsum([len(ids) for ids in documents.items], dtype=np.int64)
     ids = np.concatenate(documents.items) if len(ends) else np.zeros(0, np.int32)
     most = max(vocab_size, int(ids.max(initial=0)) + 1)  # a vocabulary with holes has ids past its size
@@ -146,6 +170,7 @@ def to_bytes(number: int, unit: Unit, documents: Documents, *, tokenizer: str, v
         "format": FORMAT,
         "unit": str(number),
         "source": _source(unit),
+        "corpus": corpus,
         "tokenizer": tokenizer,
         "skipped": str(documents.skipped),
         "sha256": _digest(tensors),
@@ -162,14 +187,21 @@ def _sorted_metadata(raw: bytes) -> bytes:
 
 
 def _source(unit: Unit) -> str:
-    """JSON. Of local files the last part of the path: where they lay is nobody's affair."""
-    path = unit.name or unit.path
-    local = "://" not in path and Path(path).is_absolute()
+    """JSON. Of local files the path within the source: where that lay is nobody's affair."""
     described = {
-        "path": Path(path).name if local else path, "kind": unit.kind, "start": unit.start, "stop": unit.stop,
-        "text_field": unit.text_field,
+        "path": unit.origin or _unplaced(unit.name or unit.path), "kind": unit.kind, "start": unit.start,
+        "stop": unit.stop, "text_field": unit.text_field, "number": unit.source,
     }  # fmt: skip
     return json.dumps(described, sort_keys=True)
+
+
+def _unplaced(path: str) -> str:
+    return Path(path).name if "://" not in path and Path(path).is_absolute() else path
+
+
+def _made_of(corpus: str | None, tokenizer: str | None) -> str:
+    """What all shards of a folder have in common, in one word."""
+    return f"{corpus}-{tokenizer}"
 
 
 def provenance(unit: Unit) -> str:
@@ -177,9 +209,11 @@ def provenance(unit: Unit) -> str:
     if unit.kind == "tokens":
         try:
             found = json.loads(_map(unit.path)[0]["source"])
-            where = f"{found['path']} (in {Path(unit.path).name})"
+            names = _names(str(Path(unit.path).parent))
+            of = f" of {names[found['number']]} (source {found['number'] + 1})" if len(names) > 1 else ""
+            where = f"{found['path']}{of} (in {Path(unit.path).name})"
             kind, start, stop = (str(found[key]) for key in ("kind", "start", "stop"))
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise UserError(f"data.sources: {unit.path} does not say what it was made from") from None
     else:
         where, kind, start, stop = unit.name or unit.path, unit.kind, unit.start, unit.stop
@@ -187,6 +221,14 @@ def provenance(unit: Unit) -> str:
         return where
     what = {"parquet": f"row group {start}", "arrow": f"record batch {start}"}.get(kind, f"bytes {start}-{stop}")
     return f"{where}, {what}"
+
+
+@functools.lru_cache(maxsize=64)
+def _names(folder: str) -> list[str]:
+    """The sources that a folder was made from."""
+    if not Path(folder, INDEX).is_file():
+        return []
+    return [name for part in Index.read(Path(folder)).streams for name in part.names]
 
 
 def _digest(tensors: Mapping[str, np.ndarray]) -> str:
@@ -204,6 +246,11 @@ def read(unit: Unit) -> Documents:
     described, tensors = _map(unit.path)
     if described.get("unit") != str(unit.start):
         raise UserError(f"data.sources: {unit.path} is the shard of another unit, number {described.get('unit')}")
+    if unit.origin and unit.origin != _made_of(described.get("corpus"), described.get("tokenizer")):
+        raise UserError(
+            f"data.sources: {unit.path} is the shard of other sources or of another tokenizer than its folder; "
+            "run scripts/prepare_data.py again"
+        )
     tokens, ends = tensors["tokens"], tensors["ends"].tolist()
     items = [tokens[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     return Documents(items, tensors["rows"], tensors["hashes"], tensors["num_bytes"], int(described["skipped"]))
@@ -267,13 +314,16 @@ def resolve_folder(folder: Path, source: SourceConfig) -> tuple[list[Stream], li
     if index.complete and missing < index.num_units:
         raise UserError(f"data.sources: {folder} lacks {file_name(missing)}; run scripts/prepare_data.py again")
     numbers = sorted(there)
+    made_of = _made_of(fingerprint(index.identities), index.tokenizer)
     streams, first = [], 0
     for part in index.streams:
         mine = numbers[bisect_left(numbers, first) : bisect_left(numbers, first + part.units)]
         if part.units and not mine and numbers:  # a stream without units would never come to a row
             raise UserError(f"data.sources: {folder} has no shard of {', '.join(part.names)} yet, which has a weight")
         paths = [str(folder.absolute() / file_name(number)) for number in mine]
-        units = tuple(Unit("tokens", path, n, n + 1, there[n], "") for path, n in zip(paths, mine, strict=True))
+        units = tuple(
+            Unit("tokens", path, n, n + 1, there[n], "", origin=made_of) for path, n in zip(paths, mine, strict=True)
+        )
         first += part.units
         streams.append(Stream(tuple(part.names), units, part.weight, part.epochs))
     identities = list(index.identities)
@@ -284,15 +334,14 @@ def resolve_folder(folder: Path, source: SourceConfig) -> tuple[list[Stream], li
     return streams, identities
 
 
-def find(folder: Path, number: int, unit: Unit, tokenizer: str) -> Documents | None:
+def find(folder: Path, number: int, unit: Unit, *, corpus: str, tokenizer: str) -> Documents | None:
     """What was kept of a unit; None if nothing was. Raises UserError where the file is damaged or of something else."""
     path = folder / file_name(number)
     if not path.is_file():
         return None
-    documents = read(Unit("tokens", str(path), number, number + 1, 0, ""))
-    described = _map(str(path))[0]
-    if (described.get("source"), described.get("tokenizer")) != (_source(unit), tokenizer):
-        raise UserError(f"data.sources: {path} is the shard of another source or tokenizer")
+    documents = read(Unit("tokens", str(path), number, number + 1, 0, "", origin=_made_of(corpus, tokenizer)))
+    if _map(str(path))[0].get("source") != _source(unit):
+        raise UserError(f"data.sources: {path} is the shard of another source")
     return documents
 
 
@@ -313,11 +362,12 @@ class Cache:
     """`data.cache`: a folder of shards that fills while the sources are streamed, and is read where it is filled."""
 
     def __init__(self, folder: Path, manifest: Manifest, tokenizer: Any, fingerprint: str):
-        self.folder = folder / f"{manifest.fingerprint[:16]}-{fingerprint[:16]}"
-        self.fingerprint, self.vocab_size = fingerprint, len(tokenizer)
+        self.corpus, self.fingerprint, self.vocab_size = manifest.fingerprint, fingerprint, len(tokenizer)
+        self.folder = folder / f"{self.corpus[:16]}-{fingerprint[:16]}"
         self.told = False  # that it cannot be written
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            sweep(self.folder)
             if not (self.folder / INDEX).is_file():
                 Index.of(manifest, tokenizer, fingerprint, complete=False).write(self.folder)
         except OSError as error:
@@ -326,7 +376,7 @@ class Cache:
     def get(self, number: int, unit: Unit) -> Documents | None:
         """The unit's documents; None where they are not there yet, or damaged: then `put` replaces them."""
         try:
-            return find(self.folder, number, unit, self.fingerprint)
+            return find(self.folder, number, unit, corpus=self.corpus, tokenizer=self.fingerprint)
         except UserError as error:
             log.warning("data.cache: %s; it is made again", str(error).removeprefix("data.sources: "))
             return None
@@ -334,7 +384,8 @@ class Cache:
     def put(self, number: int, unit: Unit, documents: Documents, ids: Sequence[np.ndarray | None]) -> Documents:
         """Keep them, if there is room; from several processes at once they are the same bytes."""
         packed = pack(documents, ids)
-        data = to_bytes(number, unit, packed, tokenizer=self.fingerprint, vocab_size=self.vocab_size)
+        described = {"corpus": self.corpus, "tokenizer": self.fingerprint, "vocab_size": self.vocab_size}
+        data = to_bytes(number, unit, packed, **described)
         try:
             if shutil.disk_usage(self.folder).free < SPARE_BYTES + len(data):
                 raise OSError(errno.ENOSPC, f"less than {SPARE_BYTES >> 30} GiB of space left", str(self.folder))

@@ -1,4 +1,4 @@
-"""Stopping by signal: SIGINT and SIGTERM ask for the end of a run, a second one is the end."""
+"""Stopping by signal: SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) ask for the end of a run, a second is the end."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from collections.abc import Iterator
 PATIENCE_SEC = 2.0  # what is waited for may be on its way, and is not to be torn off in the middle
 
 
+ASKS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))  # Windows
+
+
 class Stopped(Exception):
     """A signal came while waiting."""
 
 
 class StopFlag:
-    """Set by SIGINT and SIGTERM, polled between micro-batches; a second signal ends the process at once."""
+    """Set by one of `ASKS`, polled between micro-batches; a second signal ends the process at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -28,7 +31,7 @@ class StopFlag:
         return self.signal is not None
 
     def __enter__(self) -> StopFlag:
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._handle) for number in ASKS}
         return self
 
     def __exit__(self, *error: object) -> None:

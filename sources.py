@@ -6,20 +6,21 @@ JSON arrays) is first turned into what can, in a cache.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import errno
 import glob
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
+import secrets
 import shutil
-import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,7 +34,7 @@ COMPRESSIONS = (".gz", ".zst")
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".txt")  # the last three also compressed
 SPARE_BYTES = 1 << 30  # of a disk, left free when text is unpacked to it
 CHUNK = 1 << 20  # what is unpacked at a time
-LEFT_BEHIND_SEC = 3600.0  # a temporary file that nobody wrote to for as long is of a process that was killed
+MOST_LINE_BYTES = 64 << 20  # of a first line that is looked at
 MOST_WINDOW_BYTES = 1 << 31  # that a .zst may ask for (zstd --long=31); its decoder's own limit is 128 MiB
 MOST_OBJECT_CHARACTERS = 1 << 30  # of a value in a JSON array
 HASH_WHOLE_BYTES = 64 << 20  # a larger file that is read as it is is fingerprinted by its size, first and last MiB
@@ -51,13 +52,17 @@ def resolve(sources: Sequence[SourceConfig], cache: str | None = None) -> Manife
     """
     found: list[Stream] = []
     identities: list[str] = []
-    for source in sources:
+    if not math.isfinite(sum(source.weight or 0 for source in sources)):
+        raise UserError("data.sources: the weights' sum is no finite number; only their proportions matter")
+    for number, source in enumerate(sources):
         try:
-            streams, known = _resolve(source, cache)
+            streams, known = _resolve(number, source, cache)
         except OSError as error:  # what may not be read, a name that is too long
             if error.filename is None:
                 raise
             raise UserError(f"data.sources: {error.filename}: {error.strerror}") from None
+        except ValueError as error:  # a NUL in a path
+            raise UserError(f"data.sources: {source.path!r}: {remote.one_line(error)}") from None
         if not any(stream.units for stream in streams):
             raise UserError(f"data.sources: {source.path!r} holds no documents")
         if len(streams) > 1 and (len(sources) > 1 or source.weight is not None or source.epochs is not None):
@@ -73,14 +78,17 @@ def resolve(sources: Sequence[SourceConfig], cache: str | None = None) -> Manife
     return Manifest(tuple(found), tuple(identities))
 
 
-def _resolve(source: SourceConfig, cache: str | None) -> tuple[list[Stream], list[str]]:
+def _resolve(number: int, source: SourceConfig, cache: str | None) -> tuple[list[Stream], list[str]]:
     """The streams of a source, more than one only in a folder of shards, and what identifies its documents."""
-    folder = Path(source.path).expanduser()
-    if (folder / shards.INDEX).is_file():
+    folder = Path(os.path.expanduser(source.path))
+    if shards.is_folder(folder):
         return shards.resolve_folder(folder, source)
     files = _local_files(source.path)
+    if files is not None and cache is not None:
+        check_apart(source.path, cache, "data.cache")
     units, identity = _resolve_hub(source) if files is None else _resolve_local(source, files, cache)
-    stream = Stream((source.path,), tuple(units), source.weight or 1.0, source.epochs)
+    numbered = tuple(replace(unit, source=number) for unit in units) if number else tuple(units)
+    stream = Stream((source.path,), numbered, source.weight or 1.0, source.epochs)
     return [stream], [json.dumps([source.text_field, identity])]
 
 
@@ -98,14 +106,19 @@ def _local_files(path: str) -> list[Path] | None:
         if place.is_file() and _suffix(place) not in SUFFIXES:
             raise UserError(f"data.sources: {path!r}: expected one of {_ALLOWED}")
         if place.is_dir():
-            files = [file for file in place.rglob("*") if not _hidden(file.relative_to(place))]
+            found = list(_files_below(place))
         else:
-            files = [place] if place.is_file() else [Path(name) for name in glob.glob(str(place), recursive=True)]
-        files = [file for file in files if _suffix(file) in SUFFIXES and file.is_file()]
+            found = [place] if place.is_file() else [Path(name) for name in glob.glob(str(place), recursive=True)]
+        files = [file for file in found if _suffix(file) in SUFFIXES and not file.is_dir()]
+        if lost := [file for file in files if file.is_symlink() and not file.exists()]:
+            raise UserError(f"data.sources: {lost[0]} is a link to what is not there")
+        files = [file for file in files if file.is_file()]
         if files:
             return sorted(files, key=lambda file: file.as_posix())
         if place.is_dir():
             raise UserError(f"data.sources: folder {path!r} holds no file of {_ALLOWED}")
+        if found:
+            raise UserError(f"data.sources: {path!r} matches {found[0].name!r} and the like, but no file of {_ALLOWED}")
     near = _near_path(path)
     if near is None and _HUB_NAME.fullmatch(path) and not path.endswith(SUFFIXES + COMPRESSIONS):
         return None
@@ -113,16 +126,39 @@ def _local_files(path: str) -> list[Path] | None:
     raise UserError(f"data.sources: {path!r}: no such file, folder or glob match{hint}")
 
 
+def _files_below(folder: Path) -> Iterator[Path]:
+    """What is in a folder and those below it; hidden ones are left out, links followed, each folder entered once."""
+    entered: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        # Links last: what they lead to keeps its own name, if it has one here.
+        folders[:] = sorted(folders, key=lambda name: (os.path.islink(os.path.join(place, name)), name))
+        real = os.path.realpath(place)
+        if real in entered or (Path(place) != folder and Path(place).name.startswith(".")):
+            folders.clear()
+            continue
+        entered.add(real)
+        yield from (Path(place, name) for name in names if not name.startswith("."))
+
+
+def check_apart(path: str, folder: str, key: str) -> None:
+    """Raise UserError where source `path` would find what is written to `folder` at the next start."""
+    top, recursive, _ = os.path.expanduser(path).partition("**")
+    real = Path(os.path.realpath(os.path.expanduser(folder)))
+    if not (recursive or os.path.isdir(top)) or not real.is_relative_to(os.path.realpath(top)):
+        return
+    if not any(part.startswith(".") for part in real.relative_to(os.path.realpath(top)).parts):  # hidden: not read
+        raise UserError(
+            f"{key} = {folder!r} lies in data.sources = {path!r}, which would read it; choose another place"
+        )
+
+
 def _suffix(file: Path) -> str:
-    """What a file holds; of a compressed one, what is inside."""
-    if file.suffix not in COMPRESSIONS:
-        return file.suffix
-    inner = Path(file.stem).suffix
-    return inner if inner in (".jsonl", ".json", ".txt") else file.suffix
-
-
-def _hidden(file: Path) -> bool:
-    return any(part.startswith(".") for part in file.parts)
+    """What a file holds, in small letters; of a compressed one, what is inside."""
+    suffix = file.suffix.lower()
+    if suffix not in COMPRESSIONS:
+        return suffix
+    inner = Path(file.stem).suffix.lower()
+    return inner if inner in (".jsonl", ".json", ".txt") else suffix
 
 
 def _near_path(path: str) -> str | None:
@@ -144,14 +180,16 @@ def _resolve_local(source: SourceConfig, files: list[Path], cache: str | None) -
         size, suffix = file.stat().st_size, _suffix(file)
         packed = _is_packed(file, suffix)
         digest = _digest(file, size, whole=packed)
-        identity.append([file.relative_to(top).as_posix(), size, digest])
+        origin = file.relative_to(top).as_posix()
+        identity.append([origin, size, digest])
         if suffix == ".parquet":
-            units += row_groups(str(file), size, source.text_field)
+            found = row_groups(str(file), size, source.text_field)
         elif suffix == ".arrow":
-            units += record_batches(str(file), size, source.text_field)
+            found = record_batches(str(file), size, source.text_field)
         else:
             plain = plain_text(file, suffix, digest, cache) if packed else file
-            units += _text_units(plain, suffix, source.text_field, str(file) if plain != file else "", lone_txt)
+            found = _text_units(plain, suffix, source.text_field, str(file) if plain != file else "", lone_txt)
+        units += [replace(unit, origin=origin) for unit in found]
     return units, identity
 
 
@@ -178,10 +216,12 @@ def _check_utf8(file: Path, name: str) -> None:
 def _check_jsonl(file: Path, text_field: str, name: str) -> None:
     """Refuse a file whose first line tells that no line will do; a line that is no JSON at all may be one bad line."""
     with file.open("rb") as stream:
-        line = stream.readline()
+        line = stream.readline(MOST_LINE_BYTES)
     try:
         first = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
+        if len(line) == MOST_LINE_BYTES:
+            raise UserError(f"data.sources: {name}: its first line is over {MOST_LINE_BYTES >> 20} MiB long") from None
         return
     if not isinstance(first, dict):
         raise UserError(f"data.sources: {name}: expected one JSON object a line, found a {type(first).__name__}")
@@ -207,7 +247,11 @@ def _digest(file: Path, size: int, *, whole: bool) -> str:
 
 def _is_packed(file: Path, suffix: str) -> bool:
     """Whether documents in it can only be reached through all that lies before them."""
-    return file.suffix in COMPRESSIONS or (suffix == ".json" and not _is_json_lines(file))
+    return _is_compressed(file) or (suffix == ".json" and not _is_json_lines(file))
+
+
+def _is_compressed(file: Path) -> bool:
+    return file.suffix.lower() in COMPRESSIONS
 
 
 def plain_text(file: Path, suffix: str, digest: str, cache: str | None) -> Path:
@@ -217,19 +261,17 @@ def plain_text(file: Path, suffix: str, digest: str, cache: str | None) -> Path:
 
         folder = Path(constants.HF_HOME, "deepseek-plain")
     else:
-        folder = Path(cache).expanduser() / "plain-text"
+        folder = Path(os.path.expanduser(cache), "plain-text")
     target = folder / f"{digest}{suffix}"
     if target.is_file():
         return target.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.tmp-*"):
-        with contextlib.suppress(OSError):  # someone else was faster
-            if time.time() - old.stat().st_mtime > LEFT_BEHIND_SEC:
-                old.unlink()
-    unpacked, lines = (folder / f"{digest}.{kind}.tmp-{os.getpid()}" for kind in ("unpacked", "lines"))
+    shards.sweep(folder)
+    mine = f"tmp-{os.getpid()}-{secrets.token_hex(4)}"  # machines that share the folder may have the same numbers
+    unpacked, lines = (folder / f"{digest}.{kind}.{mine}" for kind in ("unpacked", "lines"))
     plain = file
     try:
-        if file.suffix in COMPRESSIONS:
+        if _is_compressed(file):
             _write(unpacked, _decompressed(file), file)
             plain = unpacked
         if suffix == ".json" and not _is_json_lines(plain):
@@ -263,10 +305,10 @@ def _write(target: Path, blocks: Iterator[bytes], file: Path) -> None:
 
 
 def _decompressed(file: Path) -> Iterator[bytes]:
-    opened: Any = gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")  # noqa: SIM115  # closed below
+    opened: Any = gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")  # noqa: SIM115  # closed below
     try:
         with opened as stream:
-            if file.suffix == ".zst":
+            if file.suffix.lower() == ".zst":
                 yield from _frames(stream)
             else:
                 while block := stream.read(CHUNK):
@@ -352,10 +394,11 @@ def _resolve_hub(source: SourceConfig) -> tuple[list[Unit], list[Any]]:
     files = remote.dataset_files(source, commit, instead=_INSTEAD)
     names = [[name.split(commit, 1)[1], size] for name, size in files]
     if not all(name.endswith(".parquet") for name, _ in files):
+        at = f"{source.path}@{commit}"
         units = [
-            unit
+            replace(unit, origin=f"{at}/{Path(path).name}")
             for path in remote.arrow_files(source, commit, instead=_INSTEAD)
-            for unit in record_batches(path, Path(path).stat().st_size, source.text_field, f"{source.path}@{commit}")
+            for unit in record_batches(path, Path(path).stat().st_size, source.text_field, at)
         ]
         return units, [source.path, commit, names, len(units)]
 

@@ -1,4 +1,5 @@
-"""Text between tokenizer and terminal: prompts to ids, tokens to text as they come, control characters made visible."""
+"""Text between tokenizer and terminal: prompts to ids, tokens to text as they come, control characters made visible,
+secrets out of sight."""
 
 from __future__ import annotations
 
@@ -7,15 +8,36 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from config import UserError
-from options import shown
+from options import UserError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# What a terminal would act upon or be deceived by: C0 without tab and newline, DEL, C1, bidirectional overrides and
-# isolates; and lone surrogates, which no UTF-8 output takes.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# What a terminal would act upon or be deceived by: C0 without tab and newline, DEL, C1, every control of direction
+# (marks, overrides, isolates); and lone surrogates, which no UTF-8 output takes.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+HIDDEN = "[hidden]"
+# Tokens of the Hub wherever they come from, and who one is in a URL: `https://name:password@host`.
+_SECRET = re.compile(
+    r"hf_(?:[A-Za-z0-9]{20,}|[A-Za-z0-9]+(?=\.\.\.))"  # also one that was cut short for a message
+    r"|(?<=earer )[\w.~+/-]{8,}"  # an Authorization header
+    r"|(?<!hf://)(?<=://)[^\s/?#'\"]+@"
+)
+_MIN_SECRET = 8  # a shorter value would take ordinary words with it
+_known: set[str] = set()
+
+
+def keep_secret(*values: str | None) -> None:
+    """What `redact` hides from now on, besides what looks like a secret."""
+    _known.update(value.strip() for value in values if value and len(value.strip()) >= _MIN_SECRET)
+
+
+def redact(text: str) -> str:
+    """The text without tokens, who one is in URLs, and the values given to `keep_secret`."""
+    for value in sorted(_known, key=len, reverse=True):
+        text = text.replace(value, HIDDEN)
+    return _SECRET.sub(lambda match: f"{HIDDEN}@" if match[0].endswith("@") else HIDDEN, text)
 
 
 def safe_text(text: str) -> str:
@@ -23,10 +45,15 @@ def safe_text(text: str) -> str:
     return _UNSAFE.sub(lambda match: repr(match[0])[1:-1], text)
 
 
+def clean(text: str) -> str:
+    """What may be told of a text from anywhere: no secret, no control character but newline and tab."""
+    return safe_text(redact(text))
+
+
 def report(error: UserError | OSError) -> int:
     """Say a user's mistake, or a file that cannot be had, in one line on standard error; the exit code."""
     told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
-    print("error:", " ".join(safe_text(told).split()), file=sys.stderr)
+    print("error:", " ".join(clean(told).split()), file=sys.stderr)
     return 2
 
 

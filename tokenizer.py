@@ -7,7 +7,9 @@ the characters of a special token gets ordinary tokens for them. transformers is
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
 MIN_BPE_VOCAB = 257  # every byte and END_OF_TEXT: whatever the text, it encodes
+OLDEST_TIKTOKEN = (0, 13)  # before it a long word takes quadratic time
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _INSTEAD = "a folder (data.tokenizer=DIR) or data.tokenizer=bpe needs no Hub, --config quickstart no network at all"
 
@@ -36,7 +39,7 @@ def load(name: str) -> PreTrainedTokenizerFast:
     Raises UserError where it cannot be found, reached or read, is no fast tokenizer, or has no end-of-text token.
     """
     try:
-        folder = Path(name).expanduser()
+        folder = Path(os.path.expanduser(name))
         if folder.is_dir():
             return _from_pretrained(name, str(folder), None, offline=True)
     except OSError as error:  # a name that is too long, a folder that may not be entered
@@ -260,6 +263,9 @@ class _Tiktoken:
         import regex  # tiktoken requires it
         import tiktoken
 
+        installed = importlib.metadata.version("tiktoken")
+        if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) < OLDEST_TIKTOKEN:
+            raise _Inexpressible(f"tiktoken {installed} is older than {'.'.join(map(str, OLDEST_TIKTOKEN))}; update it")
         *splits, last = _patterns(described)
         added = [token for token in described["added_tokens"] if not token["special"]]
         if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added):

@@ -1,4 +1,4 @@
-"""What a run tells: the progress line, `metrics.jsonl`, `samples.md`. Standard library only."""
+"""What a run tells: the progress line, `metrics.jsonl`, `samples.md`; no secret, nothing a terminal would obey."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
+
+from text import clean, redact
 
 LINE_EVERY_SEC = 0.2  # on a terminal
 PLAIN_EVERY_SEC = 30.0  # elsewhere: a line during steps that take long
@@ -47,7 +49,7 @@ class Tracker:
         """A line that stays."""
         if self.folder is not None:
             self._clear()
-            self._print(text)
+            self._print(clean(text))
 
     def progress(self, done: float, doing: str = "") -> None:
         """`done` steps of the whole run, with the fraction of the step under way."""
@@ -68,7 +70,7 @@ class Tracker:
         if self.folder is None:
             return
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+            file.write(redact(json.dumps({"step": step, **metrics}, allow_nan=False)) + "\n")
         self.summary = "  ".join(
             f"{label} {metrics[key]:{form}}"
             for key, label, form in (
@@ -85,7 +87,7 @@ class Tracker:
         """Append a section to `samples.md`."""
         if self.folder is None:
             return
-        quoted = "".join(f"{_quote(f'**{prompt}**{text}')}\n\n" for prompt, text in prompts_and_texts)
+        quoted = "".join(f"{_quote(clean(f'**{prompt}**{text}'))}\n\n" for prompt, text in prompts_and_texts)
         with open(self.folder / "samples.md", "a", encoding="utf-8") as file:
             file.write(f"## Step {step}\n\n{quoted}")
 

@@ -15,64 +15,43 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import config as configuration
 import environment
-from config import Config, OpsConfig, UserError
+from config import Config, UserError
 from options import Parser
 from signals import StopFlag, Stopped
 from text import report
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
-    from counts import Counts
-    from data import Loader, Validation
+    from data import Loader
     from metrics import Clock
-    from model import DeepSeekV3
-    from optim import LossScale, Optimizers
     from parallel import Mesh
     from resume import TrainState
+    from run import Run
+    from saver import Contents, Saver
     from stream import Batch
-    from tracker import Tracker
 
 CPU_MICRO_TOKENS = 2048  # tokens at a time: a guess at what a CPU's caches like
-DIVERGED_AFTER = 20  # steps in a row without a finite gradient
-MOST_WAITING = 0.05  # share of the time that may be spent waiting for data without a word
-EXIT_TIME = 3
+MOST_SKIPPED = 5  # steps in a row without a finite gradient; one more puts the run back to a checkpoint
+MOST_ROLLBACKS = 3
+LESS_MEMORY = "train.recompute=full, optim.momentum_dtype=bf16, a smaller data.seq_len or model would take less"
+SPARE = 1.25  # of the time that a step and a checkpoint took, kept free before train.max_minutes are over
+EXIT_TIME, EXIT_DIVERGED, EXIT_UNSAVED = 3, 4, 5
 EXIT_CODES = (
-    "exit codes: 0 finished, 1 failed, 2 bad input; with the last step saved: 3 train.max_minutes over, "
-    "130 stopped by SIGINT, 143 by SIGTERM"
+    "exit codes: 0 finished, 1 failed, 2 bad input, 4 diverged, 5 the last checkpoint could not be written; with the "
+    "last step saved: 3 train.max_minutes over, 130 stopped by SIGINT, 143 by SIGTERM, 138 by SIGUSR1"
 )
 
 
 # ------------------------------------------------------------------------------------------------------------ one step
-
-
-@dataclass
-class Run:
-    """What a step needs."""
-
-    config: Config
-    mesh: Mesh
-    model: DeepSeekV3
-    replica: nn.Module  # the model, under DDP when there are several ranks
-    optimizers: Optimizers
-    scale: LossScale
-    steps: int
-    stop: StopFlag
-    tracker: Tracker
-    eos: int
-
-    def weight_at(self, step: int) -> float:
-        """The MTP loss's weight: the first one, then the final one (2412.19437, section 4.2)."""
-        train = self.config.train
-        return train.mtp_weight if step < train.mtp_switch * self.steps else train.mtp_weight_final
 
 
 def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
@@ -97,32 +76,44 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
     )
     nothing = LossWeights(0.0, (0.0,) * depth, 0.0)
     parts = micro_batches(len(batch.tokens), -(-config.rank_rows(mesh.world_size) // config.micro_rows))
-    alone = run.replica is run.model  # DDP's buckets are the gradients: dropping them would make every one twice
-    run.optimizers.zero_grad(set_to_none=alone)
+    run.drop_gradients()
     sums: Tensor | None = None
+    full = False
     for number, part in enumerate(parts):
-        if mesh.any(run.stop.requested):
-            run.optimizers.zero_grad(set_to_none=alone)
+        stopped, short = mesh.any(run.stop.requested, full)
+        if short:
+            raise OutOfMemory
+        if stopped:
+            run.drop_gradients()
             return None
         # With more turns than rows (one row at a time, dealt unevenly) a rank idles on its first row, weighing nothing:
         # DDP has collectives in forward, too, so all ranks must make the same calls.
         idle = part.start == part.stop
+        last = number == len(parts) - 1
         rows_BX = batch.tokens[slice(0, 1) if idle else part].to(mesh.device, non_blocking=True)
         given = inputs(
             rows_BX, data.seq_len, run.eos, packed=data.packing == "best_fit", isolated=data.document_mask,
             crossing=data.cross_targets,
         )  # fmt: skip
-        with synchronised(run.replica, last=number == len(parts) - 1):
-            out = run.replica(
-                given.tokens, given.targets, positions=given.positions, doc_ids=given.doc_ids,
-                loss_weights=nothing if idle else weights,
-            )  # fmt: skip
-            out.loss.backward()
+        try:
+            with synchronised(run.replica, last=last):
+                out = run.replica(
+                    given.tokens, given.targets, positions=given.positions, doc_ids=given.doc_ids,
+                    loss_weights=nothing if idle else weights,
+                )  # fmt: skip
+                out.loss.backward()
+        except torch.OutOfMemoryError:
+            if last and mesh.world_size > 1:  # the others may be exchanging gradients by now: no vote can be held
+                raise
+            full = True
+            continue
         if not idle:
             counted = (out.nats, out.num_correct, out.balance, out.expert_counts)
             part_sums = torch.cat([tensor.detach().double().flatten() for tensor in counted])
             sums = part_sums if sums is None else sums + part_sums
-        run.tracker.progress(step + (number + 1) / len(parts), f"micro-batch {number + 1}/{len(parts)}")
+        run.progress(step + (number + 1) / len(parts), f"micro-batch {number + 1}/{len(parts)}")
+    if full:
+        raise OutOfMemory
     assert sums is not None
     mesh.sum(sums)
     norm = clip_gradients(run.model.parameters(), config.train.grad_clip, run.scale.value)
@@ -130,7 +121,8 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
     # The one wait for a GPU in a step.
     grad_norm, *step_sums = torch.cat((norm.double()[None], sums[:parts_of_loss])).tolist()
     nats, balance = step_sums[: 1 + depth], step_sums[-1]
-    finite = not mesh.any(not all(map(math.isfinite, (grad_norm, *nats, balance))))
+    (bad,) = mesh.any(not all(map(math.isfinite, (grad_norm, *nats, balance))))
+    finite = not bad
     lr = lr_at(step, run.steps, config.optim)
     counts_LE = sums[parts_of_loss:].view(-1, config.model.n_routed_experts)
     if finite:  # branch, never multiply: nothing that is not finite reaches a state
@@ -142,6 +134,20 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
     return metrics | {"lr": lr, "grad_norm": grad_norm if finite else None, "skipped": not finite, "counts": counts_LE}
 
 
+class OutOfMemory(Exception):
+    """In forward or backward; nothing has changed, and all ranks know."""
+
+
+def step_within_memory(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
+    """`train_step`, over fewer rows at a time where memory runs out."""
+    while True:
+        try:
+            return train_step(run, step, batch)
+        except OutOfMemory:
+            if not run.halve_micro_batch():
+                raise UserError(f"out of memory with one row of data.seq_len at a time; {LESS_MEMORY}") from None
+
+
 def micro_batches(rows: int, number: int) -> list[slice]:
     """Cut `rows` into `number` parts that differ by at most one row."""
     return [slice(part * rows // number, (part + 1) * rows // number) for part in range(number)]
@@ -151,9 +157,10 @@ def micro_batches(rows: int, number: int) -> list[slice]:
 
 
 def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False, profile: bool = False) -> int:
-    """Train to the end or to a signal; the process's exit code."""
+    """Train to the end, to a signal or to a time; the process's exit code."""
     import checkpoint
     import evals
+    import journal
     import parallel
     import probe
     import profiling
@@ -164,6 +171,8 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
     from metrics import Clock
     from model import meta_model
     from ops import DTYPES
+    from run import Run, build, checkpoint_bytes, put_back
+    from saver import Saver
     from stream import Cursor
     from tracker import Tracker
 
@@ -175,7 +184,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
                 f"{config.data.seq_len}: too few for {mesh.world_size} ranks"
             )
         precision = parallel.pick_precision(config.train.precision, mesh.device)
-        parallel.set_arithmetic(precision, mesh.device)
+        parallel.set_arithmetic(precision, mesh.device, deterministic=config.train.deterministic)
         dtype = DTYPES[precision]
         memory = mesh.least(parallel.usable_memory(mesh.device))
         rows = mesh.from_main(on_main(mesh, lambda: fitting_rows(config, mesh, dtype, memory)))
@@ -185,7 +194,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         flops = flops_per_token(config.model, counts, config.data.seq_len)
         peak, peak_name = parallel.peak_flops(mesh.device, dtype)
         if mesh.is_main:
-            warn_if_slow(mesh, precision, flops * steps * config.train.batch_tokens / peak)
+            journal.warn_if_slow(mesh, precision, flops * steps * config.train.batch_tokens / peak)
 
         mesh.from_main(on_main(mesh, lambda: cleanup.enter_context(checkpoint.locked(run_dir))))
         start = mesh.from_main(on_main(mesh, lambda: resume.pick(run_dir, resume_from)))
@@ -199,7 +208,8 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
                 )
             state.origin = resume.identity(start) or ""
         if state is not None and state.ended(config, steps) and resume.same_names(state, config):
-            return say_finished(config, state.step, start) if mesh.is_main else 0  # the data may be far away
+            return journal.say_finished(config, state.step, start) if mesh.is_main else 0  # the data may be far away
+        mesh.from_main(on_main(mesh, lambda: checkpoint.preflight(run_dir, checkpoint_bytes(config))))
         fallback = None if state is None else state.fallback
         opened = mesh.from_main(on_main(mesh, lambda: open_dataset(config, start, fallback=fallback)))
         held_out = mesh.from_main(on_main(mesh, lambda: opened.validation(config)))
@@ -207,7 +217,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         if state is not None:
             resume.check_content(state, config, **known)
             if state.ended(config, steps):
-                return say_finished(config, state.step, start) if mesh.is_main else 0
+                return journal.say_finished(config, state.step, start) if mesh.is_main else 0
             state.config, state.precision, state.exhausted = resume.learned(config), precision, False
         else:
             learned = resume.learned(config)
@@ -215,132 +225,183 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
 
         paths, told = mesh.from_main(on_main(mesh, lambda: probe.choose(config, mesh.device, dtype, state.ops)))
         state.ops = paths.model_dump()
-        model, optimizers, scale = build(config, mesh, precision, paths, state, start)
+        model, optimizers, scale = build(config, mesh, precision, paths)
+        put_back(config, model, optimizers, scale, state, start)
+        if config.train.compile:
+            model.compile_blocks()
         mesh.from_main(on_main(mesh, lambda: make_folder(run_dir, cleanup, afresh=resume_from == "never")))
         tracker = Tracker(run_dir if mesh.is_main else None, total_steps=steps, first_step=state.step)
+        mesh = parallel.for_training(mesh, 60 * config.train.hang_minutes)
+        watch = cleanup.enter_context(parallel.Watch(mesh, 60 * config.train.hang_minutes))
         replica, eos = parallel.parallelize(model, mesh), opened.encoder.eos
-        run = Run(config, mesh, model, replica, optimizers, scale, steps, stop, tracker, eos)
+        run = Run(config, mesh, model, replica, optimizers, scale, steps, stop, tracker, watch, eos)
         if mesh.is_main:
             (run_dir / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
-            announce(run, counts, state, start, held_out, f"{precision} on {peak_name}: {peak / 1e12:.2f} TFLOP/s")
+            hardware = f"{precision} on {peak_name}: {peak / 1e12:.2f} TFLOP/s"
+            journal.announce(run, counts, state, start, held_out, hardware)
             for line in told:
                 tracker.note(line)
+        state.environment = journal.environment(mesh)
+        saver = Saver(
+            run_dir / "checkpoints", keep=config.checkpoint.keep, note=tracker.note,
+            every_sec=None if config.checkpoint.every_minutes is None else 60 * config.checkpoint.every_minutes,
+        )  # fmt: skip
+        cleanup.callback(saver.close)
         cleanup.enter_context(stop)  # until now a signal ended the program as ever: there was nothing to save
         feed = opened.feed(config, Cursor.from_dict(state.cursor), rank=mesh.rank, world_size=mesh.world_size)
         loader = Loader(feed, config.data.workers, pin_memory=mesh.device.type == "cuda", note=tracker.note)
-        resume.restore_rng(config.train.seed, start, mesh.device)
-        saved, bad_in_a_row = state.step, 0
-        clock = Clock()
+        cleanup.callback(loader.close)
+        resume.restore_rng(config.train.seed, start, mesh.device, mesh.rank)
+        saved, bad_in_a_row, clock = state.step, 0, Clock()
         profiler = profiling.Profiler(run_dir, mesh.device, tracker.note) if profile and mesh.is_main else None
-        try:
-            while state.step < steps and not state.exhausted:
-                late = time.monotonic() - started > 60 * (config.train.max_minutes or math.inf)
-                if mesh.any(late):
-                    break
-                batch = next_batch(clock, loader, stop)
-                if mesh.any(batch is None):
-                    break
-                if mesh.any(isinstance(batch, UserError)):  # the data are gone; what was learned is not
-                    if saved < state.step:
-                        save(run, state, opened.tokenizer)
-                    raise batch if isinstance(batch, UserError) else UserError("another rank could not read its data")
-                metrics = train_step(run, state.step, batch)
-                if metrics is None:
-                    break
-                clock.step_done(config.train.batch_tokens)
-                if profiler is not None:
-                    profiler.step()
-                state.step += 1
-                state.tokens += config.train.batch_tokens
-                state.cursor, state.exhausted = batch.cursor.to_dict(), batch.last
-                state.loss_scale = asdict(scale) if scale.dynamic else {}
-                bad_in_a_row = bad_in_a_row + 1 if metrics["skipped"] else 0
-                state.skipped_steps += metrics["skipped"]
-                if bad_in_a_row >= DIVERGED_AFTER:
-                    tracker.note(
-                        f"no finite gradient for {DIVERGED_AFTER} steps: stopped before saving; lower optim.lr"
-                    )
-                    return 1
-                last = state.step == steps or state.exhausted
-                scores = {}
-                if last or state.step % config.eval.every_steps == 0:
-                    tracker.progress(state.step, "evaluating")
-                    isolated = eos if config.data.document_mask else None
-                    scores = evals.evaluate(model, held_out, rows=config.micro_rows, mesh=mesh, eos=isolated)
-                if scores or last or state.step % config.log.every_steps == 0:
-                    entry = log_entry(run, state, batch, metrics, clock, loader, flops / peak)
-                    tracker.log(state.step, entry | scores)
-                if last or state.step % config.sample.every_steps == 0:
-                    write_samples(run, opened.tokenizer, state.step, shown=last)
-                if last or state.step % config.checkpoint.every_steps == 0:
-                    save(run, state, opened.tokenizer)
-                    saved = state.step
-            if saved < state.step:
-                save(run, state, opened.tokenizer)
-        finally:
-            loader.close()
+        if profiler is not None:
+            cleanup.callback(profiler.stop)
+        while state.step < steps and not state.exhausted:
+            saver.check()
+            batch = next_batch(clock, loader, stop)
+            margin = SPARE * (clock.longest_sec + saver.longest_sec)
+            late = time.monotonic() - started + margin > 60 * (config.train.max_minutes or math.inf)
+            late, ended, failed, hopeless, due = mesh.any(
+                late, batch is None, isinstance(batch, Exception), saver.hopeless, mesh.is_main and saver.due()
+            )
+            if failed:  # the data are gone; what was learned is not
+                if saved < state.step:
+                    save(run, state, saver, opened.tokenizer)
+                raise batch if isinstance(batch, Exception) else UserError("another rank could not read its data")
+            if late or ended or hopeless:
+                break
+            metrics = step_within_memory(run, state.step, batch)
+            if metrics is None:
+                break
+            clock.step_done(config.train.batch_tokens)
             if profiler is not None:
-                profiler.stop()
-        if state.exhausted:
-            tracker.note(f"the sources' last epoch ended at step {state.step} of {steps}: this run is complete")
-        elif state.step < steps and late and not stop.requested:
-            tracker.note(
-                f"train.max_minutes = {config.train.max_minutes:g} are over: stopped after step {state.step} of "
-                f"{steps}; the same command goes on"
-            )
-            return EXIT_TIME
-        elif state.step < steps:
-            number = stop.signal or signal.SIGTERM  # another rank was told to stop
-            tracker.note(
-                f"stopped by {signal.Signals(number).name} after step {state.step} of {steps}; the same command goes on"
-            )
-            return 128 + number
-        if mesh.is_main:
-            say_done(config)
-        return 0
+                profiler.step()
+            state.step += 1
+            state.tokens += config.train.batch_tokens
+            state.cursor, state.exhausted = batch.cursor.to_dict(), batch.last
+            state.loss_scale = asdict(scale) if scale.dynamic else {}
+            state.skipped_steps += metrics["skipped"]
+            bad_in_a_row = bad_in_a_row + 1 if metrics["skipped"] and not calibrating(run, metrics) else 0
+            if bad_in_a_row > MOST_SKIPPED:
+                if state.rollbacks == MOST_ROLLBACKS:
+                    return diverged(run, state, metrics)
+                bad_in_a_row, saved = 0, roll_back(run, state, saver, start, before=state.step - bad_in_a_row)
+                continue
+            last = state.step == steps or state.exhausted
+            scores: dict[str, Any] | None = {}
+            if last or state.step % config.eval.every_steps == 0:
+                isolated = eos if config.data.document_mask else None
+                scores = evals.evaluate(
+                    model, held_out, rows=run.config.micro_rows, mesh=mesh, eos=isolated, stop=polling(run, state.step)
+                )
+            if scores or last or state.step % config.log.every_steps == 0:
+                entry = journal.log_entry(run, state, batch, metrics, clock, loader, flops / peak)
+                tracker.log(state.step, entry | (scores or {}))
+            if last or state.step % config.sample.every_steps == 0:
+                journal.write_samples(run, opened.tokenizer, state.step, shown=last)
+            if last or due or state.step % config.checkpoint.every_steps == 0:
+                save(run, state, saver, opened.tokenizer)
+                saved = state.step
+        if saved < state.step:
+            save(run, state, saver, opened.tokenizer)
+        return ending(run, state, late=late, saved=saver.wait())
 
 
-def log_entry(
-    run: Run, state: TrainState, batch: Batch, metrics: dict[str, Any], clock: Clock, loader: Loader, per_token: float
-) -> dict[str, Any]:
-    """A line of `metrics.jsonl`. `per_token`: FLOPs per token over the device's peak."""
-    from metrics import data_metrics, expert_metrics
-    from parallel import peak_memory_gib
+def calibrating(run: Run, metrics: dict[str, Any]) -> bool:
+    """Whether a step was skipped for fp16's loss scale alone, which had room to come down."""
+    return run.scale.dynamic and run.scale.value > 1 and metrics["total_loss"] is not None
 
-    rates = clock.rates()
-    share = rates["data_wait_sec"] * rates["steps_per_sec"]
-    if share > MOST_WAITING and state.step > run.config.log.every_steps:  # at first everything starts
+
+def roll_back(run: Run, state: TrainState, saver: Saver, start: Path | None, *, before: int) -> int:
+    """Put the run back to the newest checkpoint of step `before` or an earlier one, or to its beginning; its step.
+
+    The data go on from here: what the run failed on is behind it.
+    """
+    import checkpoint
+    import resume
+    from run import put_back
+    from tracker import keep_until
+
+    run.drop_gradients()
+    root = Path(run.config.run.dir, "checkpoints")
+    there = run.mesh.from_main(
+        on_main(run.mesh, lambda: (saver.wait(), checkpoint.latest(root, most=before) if root.is_dir() else None)[1])
+    )
+    found = there or start
+    then = resume.TrainState.read(found) if found is not None else None
+    put_back(run.config, run.model, run.optimizers, run.scale, then or state, found)
+    failed, state.rollbacks = state.step, state.rollbacks + 1
+    state.step, state.tokens, state.loss_scale = (then.step, then.tokens, then.loss_scale) if then else (0, 0, {})
+    if run.mesh.is_main:
+        keep_until(Path(run.config.run.dir), state.step)
+    run.tracker.note(
+        f"no finite gradient for {MOST_SKIPPED + 1} steps, the last of them {failed}: back to step {state.step}, past "
+        f"the data seen since ({state.rollbacks} of {MOST_ROLLBACKS} times)"
+    )
+    return state.step
+
+
+def diverged(run: Run, state: TrainState, metrics: dict[str, Any]) -> int:
+    import journal
+
+    if run.mesh.is_main:
+        path = journal.dump(run, state, metrics)
         run.tracker.note(
-            f"the data come too slowly: {share:.0%} of the time was spent waiting for them; more data.workers, or "
-            "scripts/prepare_data.py, which tokenises once, would help"
+            f"no finite gradient for {MOST_SKIPPED + 1} steps, after {MOST_ROLLBACKS} times back to a checkpoint: "
+            f"stopped at step {state.step}; lower optim.lr; norms of every parameter and gradient are in {path}"
         )
-    counts_LE = metrics.pop("counts")
-    return {
-        "tokens": state.tokens,
-        **metrics,
-        "mtp_weight": run.weight_at(state.step - 1),
-        **rates,
-        "mfu": rates["tokens_per_sec"] * per_token / run.mesh.world_size,
-        "peak_memory_gib": peak_memory_gib(run.mesh.device),
-        **data_metrics(batch, loader),
-        "skipped_steps": state.skipped_steps,
-        "loss_scale": run.scale.value,
-        "experts": expert_metrics(run.model, counts_LE),
-    }
+    return EXIT_DIVERGED
+
+
+def polling(run: Run, step: int) -> Callable[[], bool]:
+    """What long work calls now and then: tells that it goes on, and whether to stop."""
+
+    def stop() -> bool:
+        run.progress(step, "evaluating")
+        return run.stop.requested
+
+    return stop
+
+
+def ending(run: Run, state: TrainState, *, late: bool, saved: bool) -> int:
+    """Say why the run is over; the exit code."""
+    import journal
+
+    config, note = run.config, run.tracker.note
+    if not saved:
+        note(f"the last checkpoint could not be written; what is in {config.run.dir}/checkpoints is older")
+        return EXIT_UNSAVED
+    if state.exhausted:
+        note(f"the sources' last epoch ended at step {state.step} of {run.steps}: this run is complete")
+    elif state.step < run.steps and late and not run.stop.requested:
+        note(
+            f"train.max_minutes = {config.train.max_minutes:g} are over: stopped after step {state.step} of "
+            f"{run.steps}; the same command goes on"
+        )
+        return EXIT_TIME
+    elif state.step < run.steps:
+        number = run.stop.signal or signal.SIGTERM  # another rank was told to stop
+        note(
+            f"stopped by {signal.Signals(number).name} after step {state.step} of {run.steps}; the same command goes on"
+        )
+        return 128 + number
+    if run.mesh.is_main:
+        journal.say_done(config)
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------- the start of a run
 
 
 def next_batch(clock: Clock, loader: Loader, stop: StopFlag) -> Any:
-    """The next batch, None if a signal came first, or the UserError in its place: all ranks must hear of it before one
+    """The next batch, None if a signal came first, or the error in its place: all ranks must hear of it before one
     leaves."""
     try:
         with stop.interrupting():
             return clock.wait_for(loader)
     except Stopped:
         return None
-    except UserError as error:
+    except Exception as error:  # noqa: BLE001  # raised when the other ranks know
         return error
 
 
@@ -365,34 +426,6 @@ def fitting_rows(config: Config, mesh: Mesh, dtype: torch.dtype, available: int)
     return memory.largest_micro_batch(config, dtype=dtype, available=available, world_size=mesh.world_size)
 
 
-def build(
-    config: Config, mesh: Mesh, precision: str, paths: OpsConfig, state: TrainState, start: Path | None
-) -> tuple[DeepSeekV3, Optimizers, LossScale]:
-    """Model, optimizers and loss scale: of the checkpoint, from `train.init_from`, or new."""
-    import checkpoint
-    import convert
-    import resume
-    from model import init_weights, meta_model
-    from ops import DTYPES
-    from optim import LossScale, Optimizers
-
-    model = meta_model(config.model, DTYPES[precision], recompute=config.train.recompute, paths=paths)
-    model.to_empty(device=mesh.device)
-    if start is None:
-        init_weights(model, config.train.seed)
-    optimizers = Optimizers(model, config.optim)
-    scale = LossScale(dynamic=True, value=2.0**13) if precision == "fp16" else LossScale()
-    if start is not None:
-        model.load_state_dict(convert.load(start)[1])
-        optimizers.load(checkpoint.load(start, "optimizer"))
-        scale = LossScale(**state.loss_scale) if scale.dynamic and state.loss_scale else scale
-    elif config.train.init_from is not None:
-        resume.load_initial_weights(model, config)
-    if config.train.compile:
-        model.compile_blocks()
-    return model, optimizers, scale
-
-
 def make_folder(run_dir: Path, cleanup: contextlib.ExitStack, *, afresh: bool) -> None:
     """The run's folder, writable and ours until `cleanup`; `afresh` first moves an earlier run aside.
 
@@ -405,7 +438,7 @@ def make_folder(run_dir: Path, cleanup: contextlib.ExitStack, *, afresh: bool) -
         if afresh:
             resume.move_aside(run_dir)
         new = not run_dir.exists()
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        checkpoint.make_folder(run_dir / "checkpoints")
         if new:
             cleanup.enter_context(checkpoint.locked(run_dir))
         for name in ("config.yaml", "metrics.jsonl", "samples.md"):  # now, not when there is something to lose
@@ -414,111 +447,28 @@ def make_folder(run_dir: Path, cleanup: contextlib.ExitStack, *, afresh: bool) -
         raise UserError(f"run.dir = {str(run_dir)!r} cannot be written: {error.filename}: {error.strerror}") from None
 
 
-def warn_if_slow(mesh: Mesh, precision: str, seconds_at_peak: float) -> None:
-    from parallel import cpu_has_bf16
-    from tracker import duration
-
-    if mesh.device.type == "cpu" and precision == "bf16" and not cpu_has_bf16():
-        print("this CPU emulates bf16; train.precision=fp32 is many times faster here", flush=True)
-    if mesh.device.type == "cpu" and seconds_at_peak > 1800:
-        print(
-            f"no GPU found: on this CPU this run would take about {duration(2 * seconds_at_peak / mesh.world_size)}; "
-            "for one that takes minutes: python train.py --config quickstart",
-            flush=True,
-        )
-
-
-def announce(
-    run: Run, counts: Counts, state: TrainState, start: Path | None, held_out: Validation, hardware: str
-) -> None:
-    from model import LatentCache
-
-    model, config, note = run.config.model, run.config, run.tracker.note
-    total, active = counts.total + counts.mtp, counts.active_with_head
-    note(f"{config.run.name}: {total / 1e6:,.1f}M parameters with MTP, {active / 1e6:,.1f}M active per token")
-    note(f"{hardware}, {run.mesh.world_size} rank(s); {run.steps:,} steps of {config.train.batch_tokens:,} tokens")
-    latent = LatentCache(model, 1, 1, device="meta", dtype=run.model.dtype)
-    plain = model.num_hidden_layers * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
-    plain *= latent.latent_LBSC.element_size()
-    ratio = plain / latent.bytes_per_token
-    note(f"KV cache {latent.bytes_per_token:,} bytes per token, {ratio:.1f} times less than plain attention's")
-    if held_out.num_documents:
-        note(f"validation: {held_out.num_documents} held-out documents, {held_out.num_tokens:,} tokens")
-    else:
-        note("validation: none; no document is held out")
-    if start is not None:
-        note(f"resumed from {start} after step {state.step}")
-
-
 # --------------------------------------------------------------------------------------------------- what a run writes
 
 
-def save(run: Run, state: TrainState, tokenizer: PreTrainedTokenizerFast) -> None:
+def save(run: Run, state: TrainState, saver: Saver, tokenizer: PreTrainedTokenizerFast) -> None:
     """A checkpoint of the last completed step: a model directory with the training state beside the weights."""
-    import checkpoint
     import convert
     import resume
 
-    if run.mesh.is_main:
-        run.tracker.progress(state.step, "saving")
+    run.progress(state.step, "saving")
+    generators = run.mesh.to_main(resume.rng_state(run.mesh.device))
+
+    def contents() -> Contents:
+        rng = {f"rank{rank}.{key}": value for rank, states in enumerate(generators) for key, value in states.items()}
         tensors = {
             "model": convert.to_checkpoint(run.model.state_dict(), run.config.model),
             "optimizer": run.optimizers.state(),
-            "rng": resume.rng_state(run.mesh.device),
+            "rng": rng,
         }
-        files = resume.model_files(run.config, tokenizer) | {resume.STATE_FILE: state.to_json()}
-        root = Path(run.config.run.dir) / "checkpoints"
-        checkpoint.save(root, state.step, tensors, files, keep=run.config.checkpoint.keep)
-    run.mesh.any(False)  # the others wait: nobody is ahead of what is on disk
+        return tensors, resume.model_files(run.config, tokenizer) | {resume.STATE_FILE: state.to_json()}
 
-
-def write_samples(run: Run, tokenizer: PreTrainedTokenizerFast, step: int, *, shown: bool) -> None:
-    """The configured prompts continued, the same seed every time, into `samples.md`, and on the screen if `shown`."""
-    if not run.mesh.is_main:
-        return
-    import generate
-
-    sample = run.config.sample
-    run.tracker.progress(step, "sampling")
-    room = run.config.model.max_position_embeddings - sample.max_new_tokens
-    end: Any = tokenizer.eos_token_id
-    prompts = [tokenizer.encode(text, add_special_tokens=False)[: max(1, room)] or [end] for text in sample.prompts]
-    try:
-        texts = generate.generate(
-            run.model, prompts, max_new_tokens=min(sample.max_new_tokens, run.config.model.max_position_embeddings - 1),
-            temperature=sample.temperature, top_k=sample.top_k, seed=run.config.train.seed, eos_ids=(end,),
-            vocab_limit=len(tokenizer),
-        )  # fmt: skip
-    except Exception as error:  # noqa: BLE001  # whatever it is, a sample is not worth a run
-        run.tracker.note(f"no samples: {error}")
-        return
-    safe = [generate.safe_text(str(tokenizer.decode(text))) for text in texts]
-    run.tracker.samples(step, list(zip(sample.prompts, safe, strict=True)))
-    if shown:
-        for prompt, text in zip(sample.prompts, safe, strict=True):
-            run.tracker.note(f"\n{prompt}{text}")
-
-
-def say_done(config: Config) -> None:
-    print(f"\ndone: the model is in {config.run.dir}/checkpoints, in Hugging Face format")
-    _say_next(config)
-
-
-def say_finished(config: Config, step: int, start: Path | None) -> int:
-    print(f"{config.run.name} is finished: {start} is step {step}, and no more are asked for; nothing was changed")
-    _say_next(config)
-    return 0
-
-
-def _say_next(config: Config) -> None:
-    named = config.run.dir == f"runs/{config.run.name}"
-    print(NEXT.format(dir=config.run.dir, other="run.name" if named else "run.dir"))
-
-
-NEXT = """next:
-  sample   python generate.py --checkpoint {dir} --prompt "..."
-  extend   the same command with train.steps=N, more than before
-  afresh   the same command with {other}=ANOTHER, or with --resume never (which moves this run aside)"""
+    if run.mesh.is_main:
+        saver.save(state.step, contents)
 
 
 # ------------------------------------------------------------------------------------------------------------- program
@@ -581,6 +531,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         return report(error)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch may not be imported
+            raise
+        report(UserError(f"out of memory; the same command goes on from the last checkpoint; {LESS_MEMORY}"))
+        return 1
     except KeyboardInterrupt:  # before training listens to signals: nothing to save yet
         return 130
 

@@ -26,7 +26,7 @@ import sources
 import tokenizer as tokenizers
 from config import SourceConfig
 from data import Loader
-from documents import Documents, Manifest, Stream, Unit, read_unit
+from documents import Documents, Manifest, Stream, Unit, fingerprint, read_unit
 from stream import Batch, Cursor, Feed, Place
 from tokenizer import Encoder
 
@@ -52,7 +52,8 @@ def synthetic_shards(folder: Path, tok: Any) -> Manifest:
             (4 * lengths).astype(np.uint32), 0,
         )  # fmt: skip
         unit = Unit("jsonl", "synthetic", number, number + 1, 0, "text")
-        made = shards.to_bytes(number, unit, found, tokenizer="", vocab_size=VOCAB)
+        corpus = fingerprint(["synthetic"])
+        made = shards.to_bytes(number, unit, found, corpus=corpus, tokenizer="", vocab_size=VOCAB)
         shards.write_file(folder / shards.file_name(number), made)
         units.append(unit)
     source = Manifest((Stream(("synthetic",), tuple(units)),), ("synthetic",))

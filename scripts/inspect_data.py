@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -34,6 +35,7 @@ import counts
 import environment
 import model
 import remote
+import resume
 import shards
 from config import Config, UserError
 from dataset import Dataset, open_dataset
@@ -92,9 +94,10 @@ def cursor_before(config: Config, step: int) -> tuple[int, Cursor]:
     path = Path(config.run.dir, "metrics.jsonl")
     best: tuple[int, Cursor] = (0, Cursor())
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        entry = json.loads(line)
-        if best[0] < entry["step"] < step and "cursor" in entry:
-            best = entry["step"], Cursor.from_dict(entry["cursor"])
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # a line that a killed run did not finish
+            entry = json.loads(line)
+            if best[0] < entry["step"] < step:
+                best = entry["step"], Cursor.from_dict(entry["cursor"])
     return best
 
 
@@ -130,13 +133,17 @@ def peek(config: Config, dataset: Dataset, count: int, step: int) -> int:
     """Rows as text, from a step on, each document under a line that names it."""
     logged, cursor = cursor_before(config, step)
     skipped = (step - 1 - logged) * config.rows_per_step
+    found = 0
     for number, row, parts in islice(rows_from(dataset, config, cursor), skipped, skipped + count):
+        found += 1
         padding = int((row.tokens[: config.data.seq_len] == PADDING).sum())
         print(f"==== row {number}: {config.data.seq_len} tokens, {padding} of them padding")
         for part in parts:
             whole = "" if part.offset == 0 else f", from token {part.offset}"
             print(f"---- {where(part.unit, part.row)}{whole}")
             print(safe_text(str(dataset.tokenizer.decode(part.ids.tolist()))))
+    if not found:
+        raise UserError(f"--step {step}: the sources' last epoch ends before it")
     return 0
 
 
@@ -168,6 +175,8 @@ def stats(config: Config, dataset: Dataset, count: int) -> int:
                 characters |= set(item)
         if tally["documents"] >= count:
             break
+    if not lengths:
+        raise UserError(f"data.sources: no document can be read; {tally['skipped']} are unreadable")
     quantiles = np.percentile(lengths, (0, 5, 50, 95, 99, 100)).astype(int).tolist()
     for name in ("documents", "tokens", "bytes", "characters", "lines"):
         print(f"{name:26}{tally[name]:>16,}" + (" (with EOS)" if name == "tokens" else ""))
@@ -318,7 +327,7 @@ class Doctor:
             there = self.tokens / max(1, self.read) * len(self.units) * bytes_per_token
             wanted[config.data.cache] = wanted.get(config.data.cache, 0) + there
         for folder, need in wanted.items():
-            place = Path(folder).expanduser().absolute()
+            place = Path(os.path.expanduser(folder)).absolute()
             free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
             verdict = "ok" if free > need else "FAIL"
             self.say(verdict, f"{folder}: about {need / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free")
@@ -361,8 +370,13 @@ def _open(given: argparse.Namespace) -> tuple[Config, Dataset]:
     name = str(path / "config.yaml") if path.is_dir() else given.config
     config = configuration.load(name, given.overrides)
     environment.prepare()
-    saved = checkpoint.latest(Path(config.run.dir, "checkpoints")) if path.is_dir() else None
-    return config, open_dataset(config, saved, note=lambda text: print(text, file=sys.stderr))
+    saved = fallback = None
+    if path.is_dir():  # it may have been moved since, and another run may have its name
+        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(path)})})
+        saved = checkpoint.latest(path / "checkpoints")
+    if saved is not None:
+        fallback = resume.TrainState.read(saved).fallback
+    return config, open_dataset(config, saved, fallback=fallback, note=lambda text: print(text, file=sys.stderr))
 
 
 def _count(text: str) -> int:

@@ -25,13 +25,14 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules lie beside this folder
 
 import config as configuration
 import environment
 import shards
+import sources
 import tokenizer as tokenizers
 from config import UserError
 from documents import Documents, Unit, read_unit
@@ -67,8 +68,7 @@ class Job(NamedTuple):
     folder: str
     number: int
     unit: Unit
-    tokenizer: str
-    vocab_size: int
+    described: dict[str, Any]  # what `shards.to_bytes` is told of the folder
 
 
 _encoder: Encoder | None = None  # of this process
@@ -81,7 +81,7 @@ def begin(encoder: Encoder) -> None:
     if parent is None:
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process alone decides when to stop, but its end is ours
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes have the cores, threads would fight for them
+    environment.tokenise_alone()
 
     def follow() -> None:
         wait([parent.sentinel])
@@ -96,12 +96,13 @@ def make_shard(job: Job) -> Counts:
     folder = Path(job.folder)
     path = folder / shards.file_name(job.number)
     with contextlib.suppress(UserError):
-        found = shards.find(folder, job.number, job.unit, job.tokenizer)
+        of = {key: job.described[key] for key in ("corpus", "tokenizer")}
+        found = shards.find(folder, job.number, job.unit, **of)
         if found is not None:
             return _count(found, path, old=True)
     documents = read_unit(job.unit)
     packed = shards.pack(documents, _encoder(documents.items))
-    data = shards.to_bytes(job.number, job.unit, packed, tokenizer=job.tokenizer, vocab_size=job.vocab_size)
+    data = shards.to_bytes(job.number, job.unit, packed, **job.described)
     shards.write_file(path, data)
     return _count(packed, path, old=False)
 
@@ -158,13 +159,17 @@ def prepare(given: argparse.Namespace) -> None:
 
     config = configuration.load(given.config, given.overrides)
     environment.prepare()
-    out = Path(given.out).expanduser()
+    out = Path(os.path.expanduser(given.out))
+    for source in config.data.sources:
+        sources.check_apart(source.path, given.out, "--out")
     known = shards.Index.read(out) if (out / shards.INDEX).is_file() else None
     if known is None and out.exists() and (not out.is_dir() or {*out.iterdir()} - _temporary(out)):
         raise UserError(f"--out {out}: exists and is no folder of token shards; choose another")
     if known is not None and known.complete and given.tokens:
         raise UserError(f"--out {out}: is complete; leave out --tokens, or choose another folder")
     mine = open_dataset(config, fallback=False, note=print)
+    for line in mine.notes:
+        print(line)
     units = mine.manifest.units
     if any(unit.kind == "tokens" for unit in units):
         raise UserError("data.sources: these are token shards already")
@@ -179,12 +184,36 @@ def prepare(given: argparse.Namespace) -> None:
             f"data.tokenizer={out / 'tokenizer'}"
         )
     out.mkdir(parents=True, exist_ok=True)
+    with alone(out):
+        write(out, mine, given, index, new=known is None)
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Generator[None, None, None]:
+    """Nobody else writes to the folder: two would take each other's temporary files for left behind."""
+    import checkpoint  # imports torch
+
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(checkpoint.locked(out))
+        except UserError:
+            raise UserError(
+                f"--out {out}: another process writes to it; wait for it, or choose another folder"
+            ) from None
+        yield
+
+
+def write(out: Path, mine: Dataset, given: argparse.Namespace, index: shards.Index, *, new: bool) -> None:
+    units = mine.manifest.units
     for left in _temporary(out):  # of a run that was killed
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    if known is None:
+    if new:
         index.write(out)  # first: it tells whose folder this is
     keep_tokenizer(mine.tokenizer, mine.fingerprint, out / "tokenizer")
-    jobs = [Job(str(out), number, unit, mine.fingerprint, len(mine.tokenizer)) for number, unit in enumerate(units)]
+    described = {
+        "corpus": mine.manifest.fingerprint, "tokenizer": mine.fingerprint, "vocab_size": len(mine.tokenizer),
+    }  # fmt: skip
+    jobs = [Job(str(out), number, unit, described) for number, unit in enumerate(units)]
     total = run(jobs, mine, given)
     shards.Index.of(mine.manifest, mine.tokenizer, mine.fingerprint, complete=total.units == len(units)).write(out)
     for extra in sorted(out.glob("unit-*.safetensors"))[total.units :]:  # made ahead of the end that --tokens set

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
@@ -40,7 +41,7 @@ def shown(texts: Iterable[str], limit_bytes: int) -> Iterator[str]:
 
 
 def make(given: argparse.Namespace) -> None:
-    out = Path(given.out).expanduser()
+    out = Path(os.path.expanduser(given.out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists and is not an empty directory; choose another")
     config = configuration.load(given.config, given.overrides)

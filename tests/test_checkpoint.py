@@ -253,13 +253,106 @@ def test_a_failing_deletion_is_a_warning(
             raise PermissionError(errno.EACCES, "in use")
         rename(source, target)
 
+    save(tmp_path, 2)
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", refuse)
-        save(tmp_path, 2, keep=1)
+        save(tmp_path, 3, keep=2)
     assert "cannot delete checkpoint" in caplog.text
-    assert len(names(tmp_path)) == 2
-    save(tmp_path, 3, keep=1)
-    assert names(tmp_path) == ["step_00000003"]
+    assert len(names(tmp_path)) == 3
+    save(tmp_path, 4, keep=2)
+    assert names(tmp_path) == ["step_00000003", "step_00000004"]
+
+
+def test_never_below_two_intact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Damaged ones do not count, are moved aside, and each is read but once."""
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "step_00000003" / "model.safetensors").write_bytes(b"damaged")
+    save(tmp_path, 4, keep=1)
+    assert names(tmp_path) == ["step_00000002", "step_00000003.bad-damaged", "step_00000004"]
+    assert "moved aside" in caplog.text
+    known: checkpoint.Known = set()
+    save(tmp_path, 5, keep=1, known=known)
+    assert {name for name, _ in known} == {"step_00000004", "step_00000005"}
+    read = []
+    with pytest.MonkeyPatch.context() as patch:
+        verify = checkpoint.verify
+        patch.setattr(checkpoint, "verify", lambda path: read.append(path.name) or verify(path))
+        save(tmp_path, 6, keep=1, known=known)
+    assert read == ["step_00000006"]
+
+
+def test_what_is_read_back_damaged_was_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that loses what it was given."""
+    save(tmp_path, 1)
+    rename = os.rename
+
+    def lossy(source: Path, target: Path) -> None:
+        rename(source, target)
+        if target.name == "step_00000002":
+            (target / "optimizer.safetensors").write_bytes(b"")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", lossy)
+        with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: 0 bytes"):
+            save(tmp_path, 2)
+    assert names(tmp_path) == ["step_00000001", "step_00000002.bad-damaged"]
+    save(tmp_path, 2)
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000002"
+
+
+def test_quarantine_needs_an_intact_one(tmp_path: Path) -> None:
+    """Were all of them renamed, the next start would find nothing and begin anew."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "step_00000002" / "manifest.json").unlink()
+    assert checkpoint.latest(tmp_path, quarantine=True) == tmp_path / "step_00000001"
+    assert names(tmp_path) == ["step_00000001", "step_00000002.bad-no-manifest"]
+    (tmp_path / "step_00000001" / "config.json").unlink()
+    assert checkpoint.latest(tmp_path, quarantine=True) is None
+    assert names(tmp_path) == ["step_00000001", "step_00000002.bad-no-manifest"]
+
+
+def test_a_damaged_tensor_is_named(tmp_path: Path) -> None:
+    path = save(tmp_path, 1) / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"damaged in layer\.3\.weight"):
+        checkpoint.verify(path.parent)
+
+
+# ---------------------------------------------------------------------------------------------------------- beforehand
+
+
+def test_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.preflight(tmp_path / "not" / "yet", 1000)
+    assert names(tmp_path) == []
+    with pytest.raises(UserError, match=r"are free, a checkpoint of this run takes 1048576\.00 GiB"):
+        checkpoint.preflight(tmp_path, 2**50)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file"):
+        checkpoint.preflight(tmp_path / "file" / "run", 0)
+
+    def read_only(*_: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "fsync", read_only)
+    with pytest.raises(UserError, match="Read-only file system"):
+        checkpoint.preflight(tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [("/content/drive/MyDrive/run", "fuse.drive"), ("/content/drive2", None), ("/n f s/x", "nfs4"), ("/", None)],
+)
+def test_network_drives_are_known(tmp_path: Path, folder: str, kind: str | None) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "overlay / overlay rw 0 0\ndrive /content/drive fuse.drive rw 0 0\nserver:/x /n\\040f\\040s nfs4 rw 0 0\n"
+    )
+    assert checkpoint.network_drive(Path(folder), mounts) == kind
+    assert checkpoint.network_drive(Path(folder), tmp_path / "nothing") is None
 
 
 # ------------------------------------------------------------------------------------------------------------- crashes
@@ -320,7 +413,7 @@ def test_killed_at_every_boundary(tmp_path: Path, keep: int, step: int, seed: in
             assert any(equal(checkpoint.load(newest), tensors(content)["model"]) for content in (20, seed))
         save(root, 40, keep=keep)
         assert all(checkpoint.STEP.fullmatch(name) for name in names(root))
-        assert len(names(root)) <= keep
+        assert len(names(root)) <= max(keep, checkpoint.LEAST_KEPT)
         assert checkpoint.latest(root) == root / "step_00000040"
         if not died:
             break
@@ -351,7 +444,8 @@ def test_failing_at_every_boundary(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         if newest.name == "step_00000010":
             assert names(root) == ["step_00000010"]
         save(root, 30, keep=1)
-        assert names(root) == ["step_00000030"]
+        assert names(root)[-1] == "step_00000030"
+        assert len(names(root)) == 2
         if at not in failed:
             break
     assert len(failed) > 10

@@ -163,6 +163,35 @@ def test_inputs_of_packed_rows():
     assert given.positions is None
 
 
+def test_mtp_reads_what_follows_where_no_target_is(monkeypatch):
+    """The second document's start is no target of the first; the MTP layer reads it all the same, as in sampling.
+
+    So does Megatron's: it shifts inputs and loss mask apart (roll_tensor in multi_token_prediction.py).
+    """
+    from config import ModelConfig
+    from model import DeepSeekV3, init_weights
+
+    config = ModelConfig(
+        vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, q_lora_rank=None, kv_lora_rank=4,
+        qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4, intermediate_size=8, moe_intermediate_size=4,
+        n_routed_experts=2, num_experts_per_tok=1, first_k_dense_replace=1, num_nextn_predict_layers=2,
+    )  # fmt: skip
+    model = DeepSeekV3(config)
+    init_weights(model, 0)
+    read = []
+    for layer in model.mtp:
+        layer.register_forward_pre_hook(lambda _, given: read.append(given[1]))
+    monkeypatch.setattr(model, "_run", lambda block, *args: block(*args))
+    row = torch.tensor([[EOS, 5, 6, EOS, 7, 8, 9, 10, 11, 12, 13]])
+    out = {}
+    for crossing in (False, True):
+        given = data.inputs(row, 8, EOS, packed=True, isolated=False, crossing=crossing)
+        out[crossing] = model(given.tokens, given.targets)
+    assert read[0].tolist() == read[2].tolist() == [[5, 6, EOS, 7, 8, 9, 10, 11]]
+    assert read[1].tolist() == read[3].tolist() == [[6, EOS, 7, 8, 9, 10, 11, 12]]
+    assert out[False].num_targets.tolist() == [7, 6, 5] and out[True].num_targets.tolist() == [8, 8, 8]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_inputs_of_isolated_documents(packed):
     row = torch.tensor([[4, 5, EOS, 6, 7, 8, EOS, EOS, 9, 3]])

@@ -72,6 +72,20 @@ def test_shards_bring_their_tokenizer(corpus, tmp_path, capsys):
         open_dataset(load(out, f"data.tokenizer={tmp_path / 'other'}"))
 
 
+def test_why_tokenising_is_slow_is_told(corpus, tmp_path, capsys):
+    fast, slow = (open_dataset(load(corpus, f"data.tokenizer={kind}")) for kind in ("bpe", "chars"))
+    assert fast.encoder.backend == "tiktoken" and fast.notes == []
+    assert slow.notes == [
+        "tokenising without tiktoken, several times slower: its pre-tokenizer ends in Split; plain ByteLevel would do"
+    ]
+    out = tmp_path / "shards"
+    assert prepare_data.main(
+        ["--config", "quickstart", "--out", str(out), f"data.sources={corpus}", "data.tokenizer=chars"]
+    ) == 0  # fmt: skip
+    assert slow.notes[0] + "\n" in capsys.readouterr().out
+    assert open_dataset(load(out, f"data.tokenizer={out / 'tokenizer'}")).notes == []  # nothing is tokenised
+
+
 # ---- data.fallback
 
 

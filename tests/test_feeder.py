@@ -219,6 +219,42 @@ class Stuck:
         return self.encoder(texts)
 
 
+class Threads:
+    """An encoder that tells how many threads `tokenizers` started in its process."""
+
+    def __init__(self, encoder):
+        self.encoder = encoder
+
+    def __call__(self, texts):
+        before = len(list(Path("/proc/self/task").iterdir()))
+        self.encoder(texts)
+        return [np.array([len(list(Path("/proc/self/task").iterdir())) - before])]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_tokenising_process_takes_one_thread(encoder, monkeypatch, alone):
+    """`environment.prepare` allows many for this process, which its children inherit; several would fight for cores."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    if alone:
+        with Pool(Threads(encoder), 1) as pool:
+            ((started,),) = pool.map(iter([["a b c", "d e f"] * 100]))
+    else:  # that the counting can see them
+        code = "import os; os.environ['TOKENIZERS_PARALLELISM'] = 'true'\n" + COUNT
+        started = [int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)]
+    assert (started[0] == 0) == alone
+
+
+COUNT = """
+from pathlib import Path
+from tokenizers import Tokenizer, models
+made = Tokenizer(models.WordLevel({"a": 0}, "a"))
+before = len(list(Path("/proc/self/task").iterdir()))
+made.encode_batch_fast(["a"] * 1000)
+print(len(list(Path("/proc/self/task").iterdir())) - before)
+"""
+
+
 def test_a_tokenising_process_that_hangs_is_replaced(encoder, tmp_path):
     with Pool(Stuck(encoder, str(tmp_path / "once")), 1, stall_sec=2.5) as pool:
         found = list(pool.map(iter([["a b"], ["HANG c"], ["d"]])))

@@ -51,7 +51,10 @@ def test_one_process_is_the_mesh_without_communication(monkeypatch: pytest.Monke
         assert not torch.distributed.is_initialized()
     tensor, value = torch.tensor([1.5, 2.0]), {"a": 1}
     assert mesh.sum(tensor) is tensor and tensor.tolist() == [1.5, 2.0]
-    assert mesh.any(True) is True and mesh.any(False) is False
+    assert mesh.any(True, False) == [True, False]
+    state = {"a": torch.ones(2)}
+    assert mesh.to_main(state) == [state]
+    assert parallel.for_training(mesh, 1.0) is mesh
     assert mesh.from_main(value) is value
     error = UserError("no such file")
     with pytest.raises(UserError) as caught:
@@ -73,7 +76,9 @@ from config import UserError
 with parallel.processes(allow_cpu=True) as mesh:
     found = {"mesh": [mesh.rank, mesh.world_size, str(mesh.device)], "grads": []}
     found["sum"] = mesh.sum(torch.tensor([1.0, 10.0]) * (1 + mesh.rank)).tolist()
-    found["any"] = [mesh.any(False), mesh.any(mesh.rank == 1), mesh.any(mesh.is_main), mesh.any(True)]
+    mesh = parallel.for_training(mesh, 60.0)
+    found["any"] = mesh.any(False, mesh.rank == 1, mesh.is_main, True)
+    found["to main"] = [state["a"].tolist() for state in mesh.to_main({"a": torch.tensor([mesh.rank, 7])})]
     found["from main"] = mesh.from_main({"text": [1, "a"]} if mesh.is_main else None)
     try:
         mesh.from_main(UserError("no such file") if mesh.is_main else None)
@@ -115,6 +120,7 @@ def test_two_processes() -> None:
         found = json.loads(output.splitlines()[-1])
         assert found["mesh"] == [rank, 2, "cpu"] and found["left"]
         assert found["sum"] == [3.0, 30.0] and found["any"] == [False, True, True, True]
+        assert found["to main"] == ([[0, 7], [1, 7]] if rank == 0 else [])
         assert found["from main"] == {"text": [1, "a"]} and found["error"] == "no such file"
         assert found["weight"] == [[0.0, 0.0]]  # rank 0's
         own = 1.0 + rank
@@ -294,7 +300,7 @@ def test_the_smallest_of_all_ranks_numbers(monkeypatch: pytest.MonkeyPatch) -> N
     """What `micro_batch=auto` fits into: the memory of the smallest card."""
     assert Mesh(0, 1, CPU).least(7) == 7
     asked = []
-    monkeypatch.setattr(parallel.dist, "all_reduce", lambda tensor, op: asked.append(op) or tensor.fill_(3))
+    monkeypatch.setattr(parallel.dist, "all_reduce", lambda tensor, op, group: asked.append(op) or tensor.fill_(3))
     assert Mesh(0, 2, CPU).least(2**40) == 3 and asked == [parallel.dist.ReduceOp.MIN]
 
 

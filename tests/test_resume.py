@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import checkpoint
 import resume
+import train
 from config import Config, UserError
 from resume import STATE_FILE, TrainState, check_config, check_content, learned, move_aside, pick
 
@@ -64,8 +68,8 @@ def test_neither_place_nor_name_of_the_run_is_in_the_state() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"schema": 1}, "not of schema 2; written by another version"),
-        ({}, "not of schema 2"),
+        ({"schema": 1}, "of schema 1, this version of the program reads 2 and 3; go on with the version that wrote it"),
+        ({}, "of schema None"),
         ({"schema": 2, "step": 3}, "config: Field required"),
         ({"schema": 2, **vars(STATE), "surprise": 1}, "surprise"),
         ([], "not a JSON object"),
@@ -91,20 +95,49 @@ def test_a_model_from_elsewhere_has_no_state_to_go_on_from(tmp_path: Path) -> No
     assert str(tmp_path) in str(caught.value) and "without training state" in str(caught.value)
 
 
-def test_torch_s_generators_go_on_where_they_were(tmp_path: Path) -> None:
+def draw(number: int) -> list[list[float]]:
+    """Of torch, Python and numpy; an odd number of Gaussians leaves one waiting."""
+    drawn = [(float(torch.rand(())), random.gauss(), float(np.random.standard_normal())) for _ in range(number)]
+    return [list(values) for values in drawn]
+
+
+def test_generators_of_every_rank_go_on_where_they_were(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    before = torch.get_rng_state()
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
+        saved, expected = {}, []
+        for rank in (0, 1):
+            resume.restore_rng(7, None, cpu, rank)
+            draw(5)
+            saved |= {f"rank{rank}.{key}": value for key, value in resume.rng_state(cpu).items()}
+            expected.append(draw(4))
+        assert expected[0] != expected[1]
+        path = checkpoint.save(tmp_path, 1, {"rng": saved}, {}, keep=1)
+        for rank in (0, 1):
+            resume.restore_rng(7, path, cpu, rank)
+            assert draw(4) == expected[rank]
         resume.restore_rng(7, None, cpu)
-        torch.rand(5)
-        path = checkpoint.save(tmp_path, 1, {"rng": resume.rng_state(cpu)}, {}, keep=1)
-        expected = torch.rand(3)
-        resume.restore_rng(7, path, cpu)
-        assert torch.equal(torch.rand(3), expected)
-        resume.restore_rng(7, None, cpu)
-        assert torch.equal(torch.rand(8)[5:], expected)  # a new run: from the seed alone
+        assert draw(9)[5:] == expected[0]  # a new run: from the seed alone
+        resume.restore_rng(7, path, cpu, rank=2)  # of a rank that the checkpoint does not know
+        assert draw(4) not in expected
     finally:
-        torch.set_rng_state(before)
+        torch.set_rng_state(before[0])
+        random.setstate(before[1])
+        np.random.set_state(before[2])
+
+
+def test_a_checkpoint_of_the_version_before_goes_on(tmp_path: Path) -> None:
+    """The golden one was written at commit e2d9dba: manifest of schema 1, state of schema 2, one rank's generator."""
+    golden = Path(__file__).parent / "fixtures" / "checkpoint-v1"
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    shutil.copytree(golden / "step_00000002", tmp_path / "run" / "checkpoints" / "step_00000002")
+    command = ["--config", str(golden / "config.yaml"), f"run.dir={tmp_path / 'run'}"]
+    assert train.main([*command, f"data.sources={golden / 'text.txt'}"]) == 0
+    lines = {name: (name / "metrics.jsonl").read_text().splitlines() for name in (golden, tmp_path / "run")}
+    losses = {name: [json.loads(line)["loss"] for line in lines[name]] for name in lines}
+    assert losses[tmp_path / "run"] == pytest.approx(losses[golden][2:], rel=1e-5)
+    newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert newest is not None and checkpoint.verify(newest)["schema"] == checkpoint.SCHEMA
 
 
 # ---- whether the configuration fits it

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
+import re
 import shutil
 import threading
 import time
@@ -56,7 +58,8 @@ def prepare(folder, manifest, tok, *, complete=True, units=None):
     for number, unit in enumerate(manifest.units[:units]):
         documents = read_unit(unit)
         packed = shards.pack(documents, encoder(documents.items))
-        made = shards.to_bytes(number, unit, packed, tokenizer=fingerprint, vocab_size=len(tok))
+        described = {"corpus": manifest.fingerprint, "tokenizer": fingerprint, "vocab_size": len(tok)}
+        made = shards.to_bytes(number, unit, packed, **described)
         shards.write_file(folder / shards.file_name(number), made)
     Index.of(manifest, tok, fingerprint, complete=complete).write(folder)
     return folder
@@ -79,24 +82,23 @@ def rows_of(manifest, encoder, count=60, **changes):
 def test_a_shard_is_a_safetensors_file_of_what_was_read(tmp_path, encoder, tok):
     documents = text_documents(["one", "", "two words", None, "three"], skipped=7)
     ids = encoder(documents.items)
-    unit = Unit("parquet", "/somewhere/else/a.parquet", 3, 4, 999, "text")
+    unit = Unit("parquet", "/somewhere/else/deep/a.parquet", 3, 4, 999, "text", origin="deep/a.parquet")
     packed = shards.pack(documents, [ids[0], None, ids[2]])
-    made = shards.to_bytes(12, unit, packed, tokenizer="f" * 64, vocab_size=len(tok))
-    assert made == shards.to_bytes(12, unit, packed, tokenizer="f" * 64, vocab_size=len(tok))
+    made = shards.to_bytes(12, unit, packed, corpus="c", tokenizer="f" * 64, vocab_size=len(tok))
+    assert made == shards.to_bytes(12, unit, packed, corpus="c", tokenizer="f" * 64, vocab_size=len(tok))
     path = tmp_path / shards.file_name(12)
     shards.write_file(path, made)
     with safe_open(str(path), "numpy") as file:  # nobody needs this project to read it
         assert file.get_tensor("tokens").tolist() == [*ids[0], *ids[2]] and file.get_tensor("tokens").dtype == np.uint16
         described = file.metadata()
-    assert b"somewhere" not in made and json.loads(described["source"])["path"] == "a.parquet"
+    assert b"somewhere" not in made and json.loads(described["source"])["path"] == "deep/a.parquet"
     read = shards.read(Unit("tokens", str(path), 12, 13, len(made), ""))
     assert [item.tolist() for item in read.items] == [ids[0].tolist(), [], ids[2].tolist()]
     assert read.rows.tolist() == [0, 2, 4] and read.hashes.tolist() == documents.hashes.tolist()
     assert read.num_bytes.tolist() == [3, 9, 5] and read.skipped == 7
-    assert "a.parquet (in unit-00000012.safetensors), row group 3" in shards.provenance(
-        Unit("tokens", str(path), 12, 13, len(made), "")
-    )
-    wide = shards.to_bytes(12, unit, packed, tokenizer="", vocab_size=100_000)
+    told = shards.provenance(Unit("tokens", str(path), 12, 13, len(made), ""))
+    assert told == "deep/a.parquet (in unit-00000012.safetensors), row group 3"
+    wide = shards.to_bytes(12, unit, packed, corpus="c", tokenizer="", vocab_size=100_000)
     shards.write_file(path, wide)
     with safe_open(str(path), "numpy") as file:
         assert file.get_tensor("tokens").dtype == np.uint32
@@ -105,14 +107,15 @@ def test_a_shard_is_a_safetensors_file_of_what_was_read(tmp_path, encoder, tok):
 def test_an_empty_unit_is_a_shard(tmp_path):
     packed = shards.pack(text_documents([]), [])
     shards.write_file(
-        tmp_path / "a", shards.to_bytes(0, Unit("jsonl", "a", 0, 1, 1, ""), packed, tokenizer="", vocab_size=9)
+        tmp_path / "a",
+        shards.to_bytes(0, Unit("jsonl", "a", 0, 1, 1, ""), packed, corpus="c", tokenizer="", vocab_size=9),
     )
     assert shards.read(Unit("tokens", str(tmp_path / "a"), 0, 1, 0, "")).items == []
 
 
 def good_shard():
     packed = shards.pack(text_documents(["one", "two"]), [np.arange(3), np.arange(5)])
-    return shards.to_bytes(0, Unit("jsonl", "a", 0, 1, 1, ""), packed, tokenizer="", vocab_size=99)
+    return shards.to_bytes(0, Unit("jsonl", "a", 0, 1, 1, ""), packed, corpus="c", tokenizer="", vocab_size=99)
 
 
 def lying(name, value):
@@ -192,7 +195,7 @@ def test_every_bit_of_a_shard_counts(tmp_path):
 def test_an_id_past_the_vocabulary_keeps_its_value(tmp_path):
     """A vocabulary with holes has ids that are larger than its size."""
     packed = shards.pack(text_documents(["a"]), [np.array([3, 70_000], np.int32)])
-    raw = shards.to_bytes(0, Unit("jsonl", "a", 0, 1, 1, ""), packed, tokenizer="", vocab_size=65_000)
+    raw = shards.to_bytes(0, Unit("jsonl", "a", 0, 1, 1, ""), packed, corpus="c", tokenizer="", vocab_size=65_000)
     shards.write_file(tmp_path / "a", raw)
     assert shards.read(Unit("tokens", str(tmp_path / "a"), 0, 1, 0, "")).items[0].tolist() == [3, 70_000]
 
@@ -201,16 +204,18 @@ def test_a_shard_is_of_its_number_source_and_tokenizer(tmp_path):
     unit = Unit("jsonl", "a", 0, 1, 1, "")
     shards.write_file(tmp_path / shards.file_name(0), good_shard())
     shards.write_file(tmp_path / shards.file_name(1), good_shard())
-    assert shards.find(tmp_path, 2, unit, "") is None
-    found = shards.find(tmp_path, 0, unit, "")
+    assert shards.find(tmp_path, 2, unit, corpus="c", tokenizer="") is None
+    found = shards.find(tmp_path, 0, unit, corpus="c", tokenizer="")
     assert found is not None and [item.tolist() for item in found.items] == [[0, 1, 2], [0, 1, 2, 3, 4]]
-    for number, other, fingerprint, said in (
-        (1, unit, "", "is the shard of another unit, number 0"),
-        (0, dataclasses.replace(unit, stop=2), "", "of another source or tokenizer"),
-        (0, unit, "f" * 64, "of another source or tokenizer"),
+    for number, other, corpus, fingerprint, said in (
+        (1, unit, "c", "", "is the shard of another unit, number 0"),
+        (0, dataclasses.replace(unit, stop=2), "c", "", "of another source$"),
+        (0, dataclasses.replace(unit, source=1), "c", "", "of another source$"),
+        (0, unit, "c", "f" * 64, "of other sources or of another tokenizer"),
+        (0, unit, "d", "", "of other sources or of another tokenizer"),
     ):
         with pytest.raises(UserError, match=said):
-            shards.find(tmp_path, number, other, fingerprint)
+            shards.find(tmp_path, number, other, corpus=corpus, tokenizer=fingerprint)
 
 
 def test_a_shard_that_does_not_say_where_it_is_from(tmp_path):
@@ -268,6 +273,50 @@ def test_training_on_shards_is_training_on_the_sources(tmp_path, texts, encoder,
     assert ours.tokens.equal(theirs.tokens) and ours.num_bytes == theirs.num_bytes > 0
     elsewhere = shutil.copytree(folder, tmp_path / "moved" / "shards")
     assert sources.resolve([SourceConfig(path=str(elsewhere))]).fingerprint == streamed.fingerprint
+
+
+def test_a_foreign_shard_is_refused_when_it_is_opened(tmp_path, texts, encoder, tok):
+    """The right number, whole, of the same tokenizer and of a unit at the same place: but of other documents."""
+    folder = prepare(tmp_path / "shards", texts("a"), tok)
+    (tmp_path / "b.parquet").replace(tmp_path / "a.parquet")
+    foreign = prepare(tmp_path / "foreign", texts("a"), tok)
+    shutil.copy(foreign / shards.file_name(2), folder / shards.file_name(2))
+    manifest = sources.resolve([SourceConfig(path=str(folder))])
+    with pytest.raises(UserError, match=r"unit-00000002\.safetensors is the shard of other sources") as caught:
+        rows_of(manifest, encoder)
+    assert "\n" not in str(caught.value)
+    other = tokenizer.train_bpe(TEXTS[:3], 290)
+    shutil.copytree(prepare(tmp_path / "other", texts("a"), other), folder, dirs_exist_ok=True)
+    shutil.copy(foreign / shards.INDEX, folder / shards.INDEX)
+    shards._map.cache_clear()
+    with pytest.raises(UserError, match=r"or of another tokenizer than its folder; run scripts/prepare_data\.py again"):
+        read_unit(sources.resolve([SourceConfig(path=str(folder))]).units[0])
+
+
+def test_files_of_one_name_are_told_apart(tmp_path, tok):
+    """By their path within the source, and several sources by theirs; where these lie is in no file."""
+    for name in ("one/a/x.txt", "one/b/x.txt", "two/a/x.txt", "two/b/x.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(f"the text of {name}")
+    both = [SourceConfig(path=str(tmp_path / name)) for name in ("one", "two")]
+    for listed, wanted in (
+        (both[:1], ["a/x.txt", "b/x.txt"]),
+        (both, ["a/x.txt of one", "b/x.txt of one", "a/x.txt of two", "b/x.txt of two"]),
+    ):
+        folder = prepare(tmp_path / f"shards{len(listed)}", sources.resolve(listed), tok)
+        told = [shards.provenance(unit) for unit in sources.resolve([SourceConfig(path=str(folder))]).units]
+        assert [re.sub(r" \(source \d\)| \(in .*\)", "", line) for line in told] == wanted
+        assert not [path for path in folder.iterdir() if str(tmp_path).encode() in path.read_bytes()]
+    assert told[2] == "a/x.txt of two (source 2) (in unit-00000002.safetensors)"
+
+
+def test_an_index_of_someone_else_is_a_file_like_others(tmp_path):
+    (tmp_path / "index.json").write_text('{"text": "mine"}\n')
+    (unit,) = sources.resolve([SourceConfig(path=str(tmp_path))]).units
+    assert read_unit(unit).items == ["mine"]
+    (tmp_path / "index.json").write_text('{"format": "deepseek-tokens-1"}')
+    with pytest.raises(UserError, match="not of format deepseek-tokens-2; an earlier version's: make it again"):
+        sources.resolve([SourceConfig(path=str(tmp_path))])
 
 
 def test_a_document_the_tokenizer_refuses_changes_no_other(tmp_path, texts, encoder, tok, monkeypatch):
@@ -444,6 +493,19 @@ def test_a_full_disk_is_no_reason_to_stop(tmp_path, texts, encoder, tok, monkeyp
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data.cache = .* cannot be written"):
         Cache(tmp_path / "file", streamed, tok, "")
+
+
+def test_what_killed_processes_left_in_the_cache_is_removed(tmp_path, texts, tok):
+    streamed, fingerprint = texts("a"), tokenizer.fingerprint(tok)
+    folder = Cache(tmp_path / "cache", streamed, tok, fingerprint).folder
+    for name, age in ((".tmp-1-ab", 2), (".tmp-2-cd", 0.5), ("", 2)):
+        path = folder / (shards.file_name(3) + name)
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - age * shards.LEFT_BEHIND_SEC,) * 2)
+    Cache(tmp_path / "cache", streamed, tok, fingerprint)
+    assert {path.name for path in folder.iterdir()} == {
+        shards.INDEX, shards.file_name(3) + ".tmp-2-cd", shards.file_name(3),  # a live writer's, and what is finished
+    }  # fmt: skip
 
 
 def test_the_cache_travels_to_another_process(tmp_path, texts, tok):

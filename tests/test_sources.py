@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import documents
+import shards
 import sources
 from config import SourceConfig, UserError
 from documents import document_hash, read_unit
@@ -205,7 +206,7 @@ def test_a_change_in_the_middle_of_a_packed_file_is_seen(tmp_path, monkeypatch):
 def test_what_a_killed_process_left_is_removed(tmp_path):
     folder = tmp_path / "cache" / "plain-text"
     folder.mkdir(parents=True)
-    for name, age in (("old.tmp-1", 2 * sources.LEFT_BEHIND_SEC), ("new.tmp-2", 0)):
+    for name, age in (("old.tmp-1", 2 * shards.LEFT_BEHIND_SEC), ("new.tmp-2", 0)):
         (folder / name).write_bytes(b"half")
         os.utime(folder / name, (time.time() - age, time.time() - age))
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text"))
@@ -341,6 +342,37 @@ def test_units_part_a_text_file(tmp_path, monkeypatch, unit_bytes):
     assert [line for line in lines if line.startswith("b")] == [f"block {i}" for i in range(40)]
 
 
+def test_links_are_followed_and_every_folder_is_read_once(tmp_path):
+    for name in ("there/real/x.txt", "there/y.txt", "outside/z.txt", "outside/deep/w.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    there = tmp_path / "there"
+    try:
+        (there / "again").symlink_to(there / "real")
+        (there / "loop").symlink_to(there)
+        (there / "link").symlink_to(tmp_path / "outside")
+    except OSError:
+        pytest.skip("no links here")
+    found = resolve(there)
+    assert sorted(texts(found)) == ["outside/deep/w.txt", "outside/z.txt", "there/real/x.txt", "there/y.txt"]
+    assert [unit.origin for unit in found.units] == ["link/deep/w.txt", "link/z.txt", "real/x.txt", "y.txt"]
+    (there / "lost.txt").symlink_to("nowhere")
+    for path in (there, there / "*.txt"):  # left out, the corpus would be another one without a word
+        with pytest.raises(UserError, match=r"lost\.txt is a link to what is not there"):
+            resolve(path)
+
+
+def test_suffixes_may_be_in_capitals(tmp_path):
+    (tmp_path / "A.TXT").write_text("one")
+    (tmp_path / "B.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "two"}'))
+    write_parquet(tmp_path / "C.Parquet", ["three"])
+    assert texts(sources.resolve([SourceConfig(path=str(tmp_path))], str(tmp_path / ".cache"))) == [
+        "one",
+        "two",
+        "three",
+    ]
+
+
 # ---- fingerprint
 
 
@@ -386,6 +418,10 @@ def test_mistakes_say_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "notes.docx").write_bytes(b"x")
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "none").mkdir()
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    (tmp_path / "long.jsonl").write_text('{"text": "' + "x" * 300)
+    monkeypatch.setattr(sources, "MOST_LINE_BYTES", 256)
     for path, message in {
         "corpus.parket": "did you mean 'corpus.parquet'",
         "corpuz": "no such file.*did you mean 'corpus'",
@@ -398,6 +434,11 @@ def test_mistakes_say_what_to_do(tmp_path, monkeypatch):
         "notes.docx": "expected one of .parquet .arrow .jsonl .json .txt",
         "empty.txt": "holds no documents",
         "none": "holds no file of .parquet .arrow",
+        "*.docx": "matches 'notes.docx' and the like, but no file of .parquet",
+        "~no-such-user/x": "no such file, folder or glob match",
+        "a\0b": "no such file, folder or glob match",
+        "twice.parquet": "no text column 'text' .text_field.; its columns: text .string., text .string.",
+        "long.jsonl": "its first line is over 0 MiB long",
     }.items():
         with pytest.raises(UserError, match=message) as caught:
             resolve(path)
@@ -411,6 +452,54 @@ def test_a_file_that_goes_away(tmp_path):
     (tmp_path / "a.txt").unlink()
     with pytest.raises(UserError, match="cannot be read"):
         read_unit(manifest.units[0])
+
+
+def test_a_parquet_file_that_becomes_another(tmp_path):
+    """The footer is known; the bytes are others, and pyarrow's errors are of many kinds."""
+    write_parquet(tmp_path / "a.parquet", ["one", "two", "three"])
+    manifest = resolve(tmp_path)
+    damaged = bytearray((tmp_path / "a.parquet").read_bytes())
+    damaged[4:-200] = os.urandom(len(damaged) - 204)
+    (tmp_path / "a.parquet").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read: ") as caught:
+        texts(manifest)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [pa.ArrowNotImplementedError("codec"), pa.ArrowKeyError("x"), IndexError("column")])
+def test_whatever_reading_raises_is_one_line(tmp_path, monkeypatch, error):
+    (tmp_path / "a.txt").write_text("x")
+    (unit,) = resolve(tmp_path).units
+
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(documents, "_read", fail)
+    with pytest.raises(UserError, match=r"a\.txt cannot be read: "):
+        read_unit(unit)
+    monkeypatch.setattr(documents, "_read", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a bug of ours is none of the file's
+        read_unit(unit)
+
+
+def test_what_is_written_must_not_be_read_again(tmp_path):
+    """A run would be refused at its next start: its own cache would have changed its documents."""
+    (tmp_path / "a.txt").write_text("x")
+    for path, cache in ((tmp_path, tmp_path / "cache"), (tmp_path / "**" / "*.txt", tmp_path / "b" / "cache")):
+        with pytest.raises(UserError, match=r"data\.cache = .* lies in data\.sources = .*; choose another place"):
+            sources.resolve([SourceConfig(path=str(path))], str(cache))
+    for path, cache in (
+        (tmp_path, tmp_path / ".cache"),
+        (tmp_path / "a.txt", tmp_path),
+        (tmp_path / "*.txt", tmp_path),
+    ):
+        assert texts(sources.resolve([SourceConfig(path=str(path))], str(cache))) == ["x"]
+
+
+def test_weights_without_a_sum(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(UserError, match="the weights' sum is no finite number"):
+        sources.resolve([SourceConfig(path=str(tmp_path), weight=1e308)] * 2)
 
 
 @pytest.mark.parametrize("line", ["word " * 60_000, "\u4e2d" * 200_000], ids=["spaces", "none"])

@@ -27,17 +27,19 @@ ROOT = Path(__file__).resolve().parent.parent
 # here and its line under "Reading order" in the README.
 LAYERS = (
     ("options", "config", "text", "tracker", "signals"),  # standard library, pydantic, yaml
-    ("remote", "environment", "ops", "triton_ops", "losses", "tokenizer", "checkpoint"),  # receive values, not configs
-    ("model", "documents", "sources", "shards", "packing", "stream", "feeder", "data", "convert"),
-    ("counts", "profiling", "parallel", "optim", "evals", "metrics", "resume", "dataset"),
-    ("generate", "probe", "memory"),
-    ("plan",),
+    ("remote", "environment", "ops", "triton_ops", "losses", "tokenizer", "foreign", "checkpoint"),  # receive values
+    ("model", "documents", "sources", "shards", "packing", "stream", "feeder", "data", "convert", "card", "hub", "pusher"),
+    ("counts", "profiling", "parallel", "optim", "evals", "metrics", "resume", "dataset", "saver"),
+    ("generate", "probe", "memory", "run"),
+    ("plan", "journal"),
     ("train",),
 )
 NEIGHBOURS = {  # rooms split off a module, and what is built from its neighbour
     ("config", "options"),
     ("text", "options"),
-    ("text", "config"),
+    ("config", "text"),
+    ("tracker", "text"),
+    ("checkpoint", "foreign"),
     ("tokenizer", "remote"),
     ("documents", "shards"),  # inside a function: the shards are read like the rest
     ("shards", "documents"),
@@ -54,6 +56,8 @@ NEIGHBOURS = {  # rooms split off a module, and what is built from its neighbour
     ("ops", "triton_ops"),
     ("losses", "ops"),
     ("evals", "parallel"),
+    ("pusher", "card"),
+    ("pusher", "hub"),
 }
 ROW = {module: row for row, modules in enumerate(LAYERS) for module in modules}
 LIGHT = sys.stdlib_module_names | {"__future__", "pydantic", "yaml"}  # what row 0 may import when it is imported

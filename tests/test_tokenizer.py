@@ -1,5 +1,6 @@
 """tokenizer.py: any text survives, special tokens cannot be spelled, transformers loads what is saved."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -254,6 +255,18 @@ def test_without_tiktoken(tok, monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     plain = tokenizer.Encoder.fastest(tok, TEXTS)
     assert plain.backend == "tokenizers" and plain.reason == "tiktoken is not installed"
+
+
+@pytest.mark.parametrize(
+    ("version", "backend"), [("0.12.9", "tokenizers"), ("0.13.0rc1", "tiktoken"), ("1.0", "tiktoken")]
+)
+def test_an_old_tiktoken_is_not_used(tok, monkeypatch, version, backend):
+    """Before 0.13 it takes hours for a long word."""
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "tiktoken" else real(name))
+    found = tokenizer.Encoder.fastest(tok, TEXTS)
+    assert found.backend == backend and equal(found(TEXTS), tokenizer.Encoder(tok)(TEXTS))
+    assert found.reason == ("" if backend == "tiktoken" else "tiktoken 0.12.9 is older than 0.13; update it")
 
 
 def test_a_text_that_tiktoken_gives_up_on(larger, monkeypatch, capfd):

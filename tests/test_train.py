@@ -372,7 +372,7 @@ def test_what_may_change(tiny, tmp_path: Path, text: Path) -> None:
     moved.write_bytes(text.read_bytes())
     changes = ("train.steps=4", "train.micro_batch=2", "log.every_steps=2", "eval.every_steps=3", "checkpoint.keep=1")
     assert tiny("run", f"data.sources={moved}", "data.workers=1", "train.precision=auto", *changes) == 0
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000004"]
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step_00000002", "step_00000004"}
 
 
 def test_a_finished_run_still_tells_what_must_not_change(
@@ -518,29 +518,17 @@ def test_fp16_with_its_loss_scale_follows_fp32_and_resumes_exactly(tiny, tmp_pat
 
 
 def test_an_overflow_halves_the_scale_and_touches_no_state(tiny, tmp_path: Path) -> None:
-    import optim
     import parallel
+    import run
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "pick_precision", lambda *_: "fp16")
-        real = optim.LossScale
-        patch.setattr(optim, "LossScale", lambda **values: real(**values | {"value": 2.0**40}) if values else real())
+        patch.setattr(run, "FIRST_SCALE", 2.0**40)
         assert tiny("run", "train.precision=auto", *SHORT) == 0
     lines = metrics(tmp_path / "run")
     assert [line["skipped"] for line in lines] == [True] * 4 and lines[-1]["loss_scale"] == 2.0**36
     assert not load_file(newest(tmp_path / "run") / "optimizer.safetensors")
     assert lines[0]["experts"][0]["bias_max"] == 0.0
-
-
-def test_diverging_stops(
-    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import optim
-
-    monkeypatch.setattr(train, "DIVERGED_AFTER", 3)
-    monkeypatch.setattr(optim, "clip_gradients", lambda *_: torch.tensor(float("nan")))
-    assert tiny("run") == 1
-    assert "no finite gradient for 3 steps" in capsys.readouterr().out
 
 
 @pytest.mark.dist

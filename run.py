@@ -1,0 +1,106 @@
+"""A run as it lives in memory: model, optimizers and loss scale, and how they are put back to a checkpoint."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import checkpoint
+import convert
+import resume
+from config import Config, OpsConfig
+from model import DeepSeekV3, init_weights, meta_model
+from ops import DTYPES
+from optim import LossScale, Optimizers, uses_muon
+from parallel import Mesh, Watch
+from resume import TrainState
+from signals import StopFlag
+from tracker import Tracker
+
+FIRST_SCALE = 2.0**13  # of fp16's loss
+
+
+@dataclass
+class Run:
+    """What a step needs."""
+
+    config: Config
+    mesh: Mesh
+    model: DeepSeekV3
+    replica: nn.Module  # the model, under DDP when there are several ranks
+    optimizers: Optimizers
+    scale: LossScale
+    steps: int
+    stop: StopFlag
+    tracker: Tracker
+    watch: Watch
+    eos: int
+
+    def weight_at(self, step: int) -> float:
+        """The MTP loss's weight: the first one, then the final one (2412.19437, section 4.2)."""
+        train = self.config.train
+        return train.mtp_weight if step < train.mtp_switch * self.steps else train.mtp_weight_final
+
+    def progress(self, done: float, doing: str) -> None:
+        """`done` steps of the run, with the fraction of the one under way: shown, and told to the other ranks."""
+        self.tracker.progress(done, doing)
+        self.watch.at(f"step {int(done) + 1}, {doing}")
+
+    def drop_gradients(self) -> None:
+        """DDP's buckets are the gradients: dropping them would make every one twice."""
+        self.optimizers.zero_grad(set_to_none=self.replica is self.model)
+
+    def halve_micro_batch(self) -> bool:
+        """After memory ran out: half the rows at a time from now on; False where it is one row already."""
+        rows = self.config.micro_rows // 2
+        if rows == 0:
+            return False
+        self.drop_gradients()
+        gc.collect()
+        if self.mesh.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.config = self.config.with_micro_batch(rows)
+        self.tracker.note(f"out of memory: {rows} rows at a time from now on; a step is the same rows as before")
+        return True
+
+
+def build(config: Config, mesh: Mesh, precision: str, paths: OpsConfig) -> tuple[DeepSeekV3, Optimizers, LossScale]:
+    """Model, optimizers and loss scale, without any value yet."""
+    model = meta_model(config.model, DTYPES[precision], recompute=config.train.recompute, paths=paths)
+    model.to_empty(device=mesh.device)
+    scale = LossScale(dynamic=True, value=FIRST_SCALE) if precision == "fp16" else LossScale()
+    return model, Optimizers(model, config.optim), scale
+
+
+def put_back(
+    config: Config, model: DeepSeekV3, optimizers: Optimizers, scale: LossScale, state: TrainState, start: Path | None
+) -> None:
+    """Weights, router biases, optimizers and loss scale of the checkpoint `start` (its state is `state`); without one,
+    those of `train.init_from` or new ones."""
+    if start is None:
+        init_weights(model, config.train.seed)
+        if config.train.init_from is not None:
+            resume.load_initial_weights(model, config)
+    else:
+        model.load_state_dict(convert.load(start)[1])
+    optimizers.load(checkpoint.load(start, "optimizer") if start is not None else {})
+    fresh = LossScale(dynamic=scale.dynamic, value=FIRST_SCALE if scale.dynamic else 1.0)
+    saved = LossScale(**state.loss_scale) if scale.dynamic and state.loss_scale else fresh
+    for key, value in asdict(saved).items():
+        setattr(scale, key, value)
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """About what a checkpoint takes on disk: fp32 weights with the MTP layers' copies, both optimizers' states."""
+    model, total = meta_model(config.model), 0
+    tied = config.model.num_nextn_predict_layers * (
+        model.model.embed_tokens.weight.numel() + model.lm_head.weight.numel()
+    )
+    for name, parameter in model.named_parameters():
+        muon = config.optim.name == "muon" and uses_muon(name, parameter)
+        total += parameter.numel() * (4 + (DTYPES[config.optim.momentum_dtype].itemsize if muon else 8))
+    return total + 4 * tied

@@ -1,0 +1,342 @@
+"""Faults, each applied in a forked child before `train.main` runs. Only what surrounds our code is replaced, or wrapped."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shim import Operation, Shim
+
+FULL = {"mkdir", "create", "write", "sync", "flush"}  # what needs room; a deletion does not
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Replace `owner.name` by `around(real, *arguments)`."""
+    real = getattr(owner, name)
+
+    @functools.wraps(real)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        return around(real, *arguments, **options)
+
+    setattr(owner, name, wrapped)
+
+
+# ---- files
+
+
+def log_operations(root: str, path: str, since: str = "") -> None:
+    """One line per operation: kind and path below the root."""
+    file = open(path, "w", encoding="utf-8")  # noqa: SIM115  # until the process ends
+
+    def act(number: int, operation: Operation) -> None:
+        file.write(f"{operation.kind} {os.path.relpath(operation.path, root)}\n")
+        file.flush()
+
+    Shim(root, act, since=since).install()
+
+
+def kill_at(root: str, boundary: int, since: str = "", torn: bool = False, only_rank: int = 0) -> None:
+    """SIGKILL before the operation of this number; `torn`: after half of what it writes."""
+
+    def act(number: int, operation: Operation) -> None:
+        if number == boundary:
+            if torn and operation.file is not None and operation.data:
+                half = operation.data[: len(operation.data) // 2]
+                operation.file.write(half.decode() if operation.file.__class__.__name__ == "TextIOWrapper" else half)
+                operation.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank() == only_rank:
+        Shim(root, act, since=since).install()
+
+
+def disk(root: str, code: str, paths: str = "", first: int = 0, count: int = 10**9) -> None:
+    """Operations that need room fail with this errno, where the path matches: from the `first` such on, `count` times."""
+    import re
+
+    wanted, seen, number_of = re.compile(paths), [0], getattr(errno, code)
+
+    def act(number: int, operation: Operation) -> None:
+        kinds = FULL if code != "EROFS" else FULL | {"rename", "unlink", "rmdir"}
+        if operation.kind in kinds and wanted.search(operation.path):
+            seen[0] += 1
+            if first < seen[0] <= first + count:
+                raise OSError(number_of, os.strerror(number_of), operation.path)
+
+    Shim(root, act).install()
+
+
+def slow_files(root: str, seconds: float, paths: str = "") -> None:
+    """A slow disk: every sync takes this long."""
+
+    def act(number: int, operation: Operation) -> None:
+        if operation.kind == "sync" and paths in operation.path:
+            time.sleep(seconds)
+
+    Shim(root, act).install()
+
+
+# ---- signals
+
+
+def signal_in(
+    phase: str, number: int, step: int = 2, to: str = "self", root: str = "", only_rank: int = 0, twice: bool = False
+) -> None:
+    """A signal in a phase of the step after `step` are done, to this process or to its whole group, once."""
+    state = {"step": 0, "done": False, "micro": 0}
+
+    def fire() -> None:
+        if state["done"] or state["step"] != step or rank() != only_rank:
+            return
+        state["done"] = True
+        for _ in range(2 if twice else 1):
+            os.killpg(0, number) if to == "group" else os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    import evals
+    import generate
+    import metrics
+    import model
+    import optim
+    import torch
+    import train
+
+    def around_step(real: Any, run: Any, done: int, *rest: Any, **options: Any) -> Any:
+        state["step"], state["micro"] = done, 0
+        if phase == "step":
+            fire()
+        return real(run, done, *rest, **options)
+
+    def first(real: Any, *arguments: Any, **options: Any) -> Any:
+        fire()
+        return real(*arguments, **options)
+
+    def second_micro_batch(real: Any, *arguments: Any, **options: Any) -> Any:
+        state["micro"] += 1
+        if state["micro"] == 2:
+            fire()
+        return real(*arguments, **options)
+
+    wrap(train, "train_step", around_step)
+    if phase == "forward":
+        wrap(model.DeepSeekV3, "forward", first)
+    elif phase == "accumulation":
+        wrap(model.DeepSeekV3, "forward", second_micro_batch)
+    elif phase == "backward":
+        wrap(torch.Tensor, "backward", first)
+    elif phase == "optimizer":
+        wrap(optim.Optimizers, "step", first)
+    elif phase == "eval":
+        wrap(evals, "evaluate", first)
+    elif phase == "sample":
+        wrap(generate, "generate", first)
+    elif phase == "data":
+        state["step"] = step  # it waits before the step begins
+        waits = [0]
+
+        def waiting(real: Any, *arguments: Any, **options: Any) -> Any:
+            waits[0] += 1
+            if waits[0] == step + 1:
+                state["step"] = step
+                fire()
+            return real(*arguments, **options)
+
+        wrap(metrics.Clock, "wait_for", waiting)
+    elif phase == "save":
+
+        def act(count: int, operation: Operation) -> None:
+            if operation.kind == "sync":
+                state["step"] = step
+                fire()
+
+        Shim(root, act, since=rf"step_{step:08d}\.tmp-").install()
+    elif phase != "step":
+        raise ValueError(phase)
+
+
+def stop_after(step: int) -> None:
+    """SIGTERM as the step after this many begins: it is not taken."""
+    signal_in("step", signal.SIGTERM, step)
+
+
+# ---- numbers
+
+
+def poison(where: str, first: int, count: int, value: str = "nan", only_rank: int = -1) -> None:
+    """NaN or infinity in steps `first` .. `first + count - 1` (0 is the first), counted in calls of train_step.
+
+    `where`: gradient, loss, or muon (what goes into Newton-Schulz comes from a gradient of one hidden matrix).
+    """
+    import model
+    import train
+
+    poisoned, calls, current = float(value), [0], [False]
+
+    def around(real: Any, run: Any, *rest: Any, **options: Any) -> Any:
+        number, calls[0] = calls[0], calls[0] + 1
+        here = first <= number < first + count and only_rank in (-1, rank())
+        if not here:
+            return real(run, *rest, **options)
+        if where == "loss":
+            current[0] = True
+            try:
+                return real(run, *rest, **options)
+            finally:
+                current[0] = False
+        names = dict(run.model.named_parameters())
+        key = next(n for n in names if "o_proj" in n) if where == "muon" else next(iter(names))
+
+        def spoil(gradient: Any) -> Any:
+            gradient = gradient.clone()
+            gradient.view(-1)[0] = poisoned
+            return gradient
+
+        hook = names[key].register_hook(spoil)
+        try:
+            return real(run, *rest, **options)
+        finally:
+            hook.remove()
+
+    def forward(real: Any, *arguments: Any, **options: Any) -> Any:
+        out = real(*arguments, **options)
+        return out._replace(loss=out.loss * poisoned, nats=out.nats * poisoned) if current[0] else out
+
+    wrap(train, "train_step", around)
+    if where == "loss":
+        wrap(model.DeepSeekV3, "forward", forward)
+
+
+def watch_skips(path: str) -> None:
+    """Write down, for every skipped step, whether all state stayed bit for bit as it was."""
+    import torch
+    import train
+
+    def around(real: Any, run: Any, step: int, *rest: Any, **options: Any) -> Any:
+        before = {name: tensor.clone() for name, tensor in (run.model.state_dict() | run.optimizers.state()).items()}
+        result = real(run, step, *rest, **options)
+        if result is not None and result["skipped"] and rank() == 0:
+            after = run.model.state_dict() | run.optimizers.state()
+            same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "same": same}) + "\n")
+        return result
+
+    wrap(train, "train_step", around)
+
+
+def fp16() -> None:
+    """fp16 with its loss scale, on a CPU, which is refused to people for its slowness."""
+    import parallel
+
+    parallel.pick_precision = lambda *_: "fp16"  # type: ignore[assignment]
+
+
+def out_of_memory(step: int, times: int, only_rank: int = -1) -> None:
+    """The forward pass of a step raises torch.OutOfMemoryError, `times` times."""
+    import model
+    import torch
+    import train
+
+    state = {"step": -1, "left": times}
+
+    def around(real: Any, run: Any, done: int, *rest: Any, **options: Any) -> Any:
+        state["step"] = done
+        return real(run, done, *rest, **options)
+
+    def forward(real: Any, *arguments: Any, **options: Any) -> Any:
+        if state["step"] == step and state["left"] and only_rank in (-1, rank()):
+            state["left"] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return real(*arguments, **options)
+
+    wrap(train, "train_step", around)
+    wrap(model.DeepSeekV3, "forward", forward)
+
+
+# ---- ranks and time
+
+
+def at_step(step: int, what: str, only_rank: int, seconds: float = 0.0) -> None:
+    """At the beginning of a step one rank dies, stops, or is slow."""
+    import train
+
+    def around(real: Any, run: Any, done: int, *rest: Any, **options: Any) -> Any:
+        if done == step and rank() == only_rank:
+            if what == "slow":
+                time.sleep(seconds)
+            else:
+                os.kill(os.getpid(), {"die": signal.SIGKILL, "freeze": signal.SIGSTOP}[what])
+        return real(run, done, *rest, **options)
+
+    wrap(train, "train_step", around)
+
+
+def no_more_data(after: int, only_rank: int) -> None:
+    """One rank's loader ends, or fails, after so many batches."""
+    import metrics
+
+    seen = [0]
+
+    def waiting(real: Any, clock: Any, loader: Any) -> Any:
+        from config import UserError
+
+        seen[0] += 1
+        if seen[0] > after and rank() == only_rank:
+            raise UserError("injected: no more data on this rank")
+        return real(clock, loader)
+
+    wrap(metrics.Clock, "wait_for", waiting)
+
+
+def slow_steps(seconds: float) -> None:
+    import train
+
+    def around(real: Any, *arguments: Any, **options: Any) -> Any:
+        time.sleep(seconds)
+        return real(*arguments, **options)
+
+    wrap(train, "train_step", around)
+
+
+def settings(module: str, **values: Any) -> None:
+    """Constants of ours that are minutes in life."""
+    import importlib
+
+    for name, value in values.items():
+        owner = importlib.import_module(module)
+        if not hasattr(owner, name):
+            raise AttributeError(f"{module} has no {name}")
+        setattr(owner, name, value)
+
+
+def note_building(path: str) -> None:
+    """A file appears as soon as a model's weights are made or loaded."""
+    import model
+
+    def around(real: Any, *arguments: Any, **options: Any) -> Any:
+        Path(path).write_text("", encoding="utf-8")
+        return real(*arguments, **options)
+
+    wrap(model, "init_weights", around)
+    wrap(model.DeepSeekV3, "to_empty", around)
+
+
+def little_room(num_bytes: int) -> None:
+    """A disk with so much left."""
+    import shutil
+
+    real = shutil.disk_usage
+    shutil.disk_usage = lambda path: real(path)._replace(free=num_bytes)

@@ -1,0 +1,191 @@
+"""Told to stop, or out of time: F9 and F10. One checkpoint, at most one step lost, and the exit code that says so."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from lab import ROOT, Lab, Result, checkpoints, lines, newest, same_end
+
+PHASES = (
+    "step", "forward", "accumulation", "backward", "optimizer", "eval", "sample", "save", "data", "workers",
+)  # fmt: skip
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+AT = 3  # steps that are done when the signal comes
+OPTIONS = ("train.steps=6", "eval.every_steps=1", "sample.every_steps=1", "checkpoint.every_steps=1000")
+GRACE_SEC = 10  # torchrun grants 30
+
+
+def options_for(phase: str) -> tuple[str, ...]:
+    more = {
+        "workers": ("data.workers=2",), "save": ("checkpoint.every_steps=3",), "accumulation": ("train.micro_batch=2",),
+    }.get(phase, ())  # fmt: skip
+    return (*OPTIONS, *more)
+
+
+def stopped(lab: Lab, name: str, phase: str, number: int, *, to: str = "self", at: int = AT, ranks: int = 1,
+            only_rank: int = 0) -> str:  # fmt: skip
+    """What is wrong with a run that gets a signal in a phase, and with its continuation."""
+    options = options_for(phase)
+    reference = lab[lab.reference(*options_for(phase if phase == "accumulation" else "step"), ranks=ranks)]
+    where = "data" if phase == "workers" else phase
+    fault = {"phase": where, "number": number, "step": at, "to": to, "root": str(lab[name]), "only_rank": only_rank}
+    if phase in ("eval", "sample"):
+        fault["step"] = at - 1  # they come at the end of a step
+    result = lab.run(name, *options, faults=[("signal_in", fault)], ranks=ranks)
+    return judged(lab, name, result, number, at, ranks) or continued(lab, name, options, reference, ranks)
+
+
+def judged(lab: Lab, name: str, result: Result, number: int, at: int, ranks: int) -> str:
+    if result.codes != [128 + number] * ranks:
+        return f"exit codes, not {128 + number}: {result}"
+    if "Traceback" in result.err():
+        return f"a traceback: {result}"
+    found = newest(lab[name])
+    done = int(found.name[5:]) if found is not None else 0
+    if not at <= done <= at + 1:
+        return f"step {done} is saved, {at} were done when the signal came"
+    told = len(lines(lab[name]))
+    if told != done:
+        return f"step {done} is saved, {told} were taken"
+    if len(checkpoints(lab[name])) != (1 if done else 0):
+        return f"{checkpoints(lab[name])}"
+    slowest = max(result.seconds)
+    return f"{slowest:.0f} s" if slowest > GRACE_SEC + 20 else ""
+
+
+def continued(lab: Lab, name: str, options: tuple[str, ...], reference: Any, ranks: int) -> str:
+    again = lab.run(name, *options, ranks=ranks)
+    return same_end(lab[name], reference) if again.codes == [0] * ranks else str(again)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_in_a_phase(lab: Lab, row: Callable[[str], Any], phase: str) -> None:
+    number = SIGNALS[PHASES.index(phase) % len(SIGNALS)]
+    with row("F9") as case:
+        to = "group" if phase in ("workers", "data") else "self"
+        case.check(stopped(lab, f"signal-{phase}", phase, number, to=to), f"{signal.Signals(number).name} in {phase}")
+
+
+def test_a_signal_in_the_first_step(lab: Lab, row: Callable[[str], Any]) -> None:
+    """Nothing is done yet, so nothing is saved; the same command begins again."""
+    with row("F9") as case:
+        case.check(stopped(lab, "signal-first", "forward", signal.SIGTERM, at=0))
+
+
+def test_a_second_signal_ends_at_once(lab: Lab, row: Callable[[str], Any]) -> None:
+    fault = {"phase": "forward", "number": signal.SIGINT, "step": AT, "twice": True}
+    with row("F9") as case:
+        result = lab.run("signal-twice", *OPTIONS, faults=[("signal_in", fault)])
+        case.check("" if result.code == 130 and not checkpoints(lab["signal-twice"]) else result)
+
+
+@pytest.mark.dist
+def test_a_signal_to_one_of_two_ranks(lab: Lab, row: Callable[[str], Any]) -> None:
+    with row("F9") as case:
+        for name, phase, number in (("a", "accumulation", signal.SIGTERM), ("b", "data", signal.SIGUSR1)):
+            fault = {"phase": phase, "number": number, "step": AT, "root": "", "only_rank": 1}
+            result = lab.run(f"signal-rank-{name}", *OPTIONS, faults=[("signal_in", fault)], ranks=2)
+            # Rank 0 was not told by which signal.
+            case.check("" if result.codes[0] > 128 and result.codes[1] == 128 + number else result, "exit codes")
+            found = newest(lab[f"signal-rank-{name}"])
+            case.check("" if found is not None and int(found.name[5:]) in (AT, AT + 1) else found, "saved")
+            reference = lab[lab.reference(*OPTIONS, ranks=2)]
+            case.check(continued(lab, f"signal-rank-{name}", OPTIONS, reference, 2), "continued")
+
+
+@pytest.mark.slow
+def test_every_signal_in_every_phase_to_everyone(lab: Lab, row: Callable[[str], Any]) -> None:
+    with row("F9") as case:
+        for phase, number, to in itertools.product(PHASES, SIGNALS, ("self", "group")):
+            name = f"signal-{phase}-{number}-{to}"
+            case.check(stopped(lab, name, phase, number, to=to), name)
+        for phase, number in itertools.product(PHASES, SIGNALS):
+            name = f"signal-two-{phase}-{number}"
+            case.check(stopped(lab, name, phase, number, to="group", ranks=2), name)
+
+
+@pytest.mark.slow
+def test_a_hundred_sigterms(lab: Lab, row: Callable[[str], Any]) -> None:
+    """At random, from the first step on: exit code 143, at most one step lost, and in the end the same bits."""
+    options = ("train.steps=30", "eval.every_steps=3", "checkpoint.every_steps=4", "sample.every_steps=5")
+    reference = lab[lab.reference(*options)]
+    draw, sent, chain, begun = random.Random(5), 0, 0, False
+    with row("F9") as case:
+        while sent < 100:
+            name = f"terms-{chain}"
+            running = lab.start(name, *options)
+            before = len(lines(lab[name]))
+            while "validation:" not in running.out() and time.monotonic() < running.started + 20:
+                time.sleep(0.002)
+            time.sleep(draw.uniform(0.02, 0.7))
+            done = len(lines(lab[name]))
+            os.kill(running.pids[0], signal.SIGTERM)
+            result = running.wait()
+            if result.code == 0:
+                case.failures += [problem for problem in (same_end(lab[name], reference),) if problem]
+                chain, begun = chain + 1, False
+                continue
+            sent += 1
+            found = newest(lab[name])
+            step = int(found.name[5:]) if found is not None else 0
+            case.check("" if result.code == 143 and step >= max(done, before if begun else 0) else result, f"{sent}: {step}")
+            case.check("" if step == len(lines(lab[name])) else f"{step} saved, {len(lines(lab[name]))} taken", sent)
+            begun = True
+            case.figures["slowest stop, s"] = max(case.figures.get("slowest stop, s", 0), round(result.seconds[0], 1))
+        case.check(continued(lab, name, options, reference, 1), "the end")
+        case.figures["SIGTERMs at random"] = sent
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_signal_to_torchrun(lab: Lab, row: Callable[[str], Any]) -> None:
+    """It passes SIGTERM on to both ranks and grants them 30 seconds."""
+    with row("F9") as case:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            name = f"torchrun-{number}"
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            options = (*OPTIONS[1:], "train.steps=2000", "checkpoint.every_steps=100000", "eval.every_steps=100000")
+            command += [str(ROOT / "train.py"), *lab.arguments(name, *options, "sample.every_steps=100000")]
+            with subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+            ) as process:
+                deadline = time.monotonic() + 60
+                while len(lines(lab[name])) < AT and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                os.kill(process.pid, number)
+                began = time.monotonic()
+                process.communicate(timeout=60)
+                case.figures["torchrun's end, s"] = round(time.monotonic() - began, 1)
+            found = newest(lab[name])
+            case.check("" if found is not None and int(found.name[5:]) == len(lines(lab[name])) else found, number)
+            case.check("" if case.figures["torchrun's end, s"] < 30 else "too late", number)
+
+
+# ---- time
+
+
+def test_a_deadline_is_kept(lab: Lab, row: Callable[[str], Any]) -> None:
+    """The run has ended, its checkpoint on the disk, before its minutes are over; by more where saving takes long."""
+    with row("F10") as case:
+        for name, minutes, faults in (
+            ("plain", 0.06, []),
+            ("slow disk", 0.12, [("slow_files", {"root": str(lab["deadline-slow disk"]), "seconds": 0.1})]),
+        ):
+            name = f"deadline-{name}"
+            options = ("train.steps=100000", "checkpoint.every_steps=5", f"train.max_minutes={minutes}")
+            result = lab.run(name, *options, faults=[("slow_steps", {"seconds": 0.05}), *faults])
+            case.check("" if result.code == 3 else result, "exit code")
+            found = newest(lab[name])
+            taken = len(lines(lab[name]))
+            case.check("" if found is not None and int(found.name[5:]) == taken else f"{found} of {taken} steps", name)
+            case.check("" if result.seconds[0] < 60 * minutes + 0.3 else f"{result.seconds[0]:.1f} s", "in time")
+            case.figures[f"{name}, s of {60 * minutes:.1f}"] = round(result.seconds[0], 1)

@@ -1,0 +1,142 @@
+"""Numbers that are not finite, memory that runs out, and the size of a checkpoint: whole runs of the tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train import metrics, newest, text, tiny  # noqa: F401
+
+import config as configuration
+import train
+from resume import TrainState
+from run import checkpoint_bytes
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> list[tuple[int, bool]]:
+    """NaN in a gradient in these calls of `train_step`, counted from 0; what each came to is returned."""
+    real, seen = train.train_step, []
+
+    def step(run: Any, number: int, batch: Any) -> Any:
+        hook = None
+        if len(seen) in bad:
+            hook = next(run.model.parameters()).register_hook(lambda grad: grad * float("nan"))
+        try:
+            result = real(run, number, batch)
+        finally:
+            if hook is not None:
+                hook.remove()
+        seen.append((number, result["skipped"]))
+        return result
+
+    monkeypatch.setattr(train, "train_step", step)
+    return seen
+
+
+def test_six_in_a_row_go_back_to_a_checkpoint(
+    tiny,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Five do not. The checkpoint is one from before the first of them; the data go on past what it failed on."""
+    seen = poison(monkeypatch, {3, 4, 5, 6, 7} | {13, 14, 15, 16, 17, 18})
+    assert tiny("run", "train.steps=20", "checkpoint.every_steps=2") == 0
+    assert [number for number, _ in seen] == [*range(19), *range(12, 20)]
+    assert "no finite gradient for 6 steps, the last of them 19: back to step 12" in capsys.readouterr().out
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [*range(1, 21)]
+    assert [line["skipped"] for line in lines[:12]] == [False] * 3 + [True] * 5 + [False] * 4
+    assert not any(line["skipped"] for line in lines[12:])
+    state = TrainState.read(newest(tmp_path / "run"))
+    assert (state.rollbacks, state.skipped_steps, state.tokens) == (1, 11, 20 * 256)
+    assert state.cursor["row"] == 27 * 8  # every batch was of new rows
+
+
+def test_with_no_checkpoint_yet_it_begins_again(
+    tiny,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = poison(monkeypatch, set(range(6)))
+    assert tiny("run", "train.steps=8") == 0
+    assert [number for number, _ in seen] == [*range(6), *range(8)]
+    assert [line["skipped"] for line in metrics(tmp_path / "run")] == [False] * 8
+
+
+def test_it_gives_up_after_three_times(
+    tiny,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    poison(monkeypatch, set(range(4, 1000)))
+    assert tiny("run", "checkpoint.every_steps=2") == train.EXIT_DIVERGED
+    told = capsys.readouterr().out
+    assert "(3 of 3 times)" in told and "lower optim.lr" in told
+    dump = json.loads((tmp_path / "run" / "diverged.json").read_text())
+    assert dump["metrics"]["skipped"] and dump["step"] == 10
+    assert all(weight > 0 for weight, _ in dump["norms"].values())
+    assert None in {gradient for _, gradient in dump["norms"].values()}
+    assert newest(tmp_path / "run").name == "step_00000008"  # skipped steps change nothing: saved all the same
+    assert tiny("run", "checkpoint.every_steps=2") == train.EXIT_DIVERGED  # nor is it stuck in a half-way state
+
+
+def test_out_of_memory_halves_the_rows_and_loses_no_step(
+    tiny,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from model import DeepSeekV3
+
+    assert tiny("whole", "train.steps=6") == 0
+    real = DeepSeekV3.forward
+
+    def forward(self: Any, tokens: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if self.training and options.get("loss_weights") and len(tokens) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, tokens, *args, **options)
+
+    monkeypatch.setattr(DeepSeekV3, "forward", forward)
+    assert tiny("small", "train.steps=6") == 0
+    assert capsys.readouterr().out.count("out of memory: ") == 2  # 4 rows, 2, 1
+    for ours, theirs in zip(metrics(tmp_path / "small"), metrics(tmp_path / "whole"), strict=True):
+        assert ours["step"] == theirs["step"] and ours["tokens"] == theirs["tokens"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(DeepSeekV3, "forward", never)
+    assert tiny("none") == 2
+    assert "out of memory with one row of data.seq_len at a time" in capsys.readouterr().err
+
+
+def test_out_of_memory_elsewhere_is_one_line(
+    tiny,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the optimizer's step, say: weights may have changed, so the checkpoint is what there is."""
+    import optim
+
+    def never(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(optim.Muon, "step", never)
+    assert tiny("run") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of memory; the same command goes on") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("overrides", [(), ("optim.name=adamw",), ("optim.momentum_dtype=bf16",)])
+def test_the_size_of_a_checkpoint(tiny, tmp_path: Path, overrides: tuple[str, ...]) -> None:  # noqa: F811
+    """Known before a model is built: a disk that is too small is told at once."""
+    assert tiny("run", "train.steps=1", *overrides) == 0
+    config = configuration.load(str(tmp_path / "tiny.yaml"), list(overrides))
+    found = sum(file.stat().st_size for file in newest(tmp_path / "run").glob("[mo]*.safetensors"))
+    assert checkpoint_bytes(config) == pytest.approx(found, rel=0.1)
