@@ -41,6 +41,7 @@ STEP = re.compile(r"step_(\d{8})")
 # .tmp-: a save that died. .old-: moved aside for a new directory of the same step. .trash-: a deletion that died.
 # A damaged one becomes step_XXXXXXXX.bad-<reason> and stays: scripts/checkpoints.py prune deletes it.
 LEFTOVER = re.compile(r"step_(\d{8})\.(tmp|old|trash)-[0-9a-f]{8}")
+BAD = re.compile(r"step_\d{8}\.bad-[a-z0-9-]+")
 SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -240,6 +241,13 @@ def prune(root: Path, keep: int, *, never: Path | None = None, known: Known | No
     return deleted
 
 
+def set_newer_aside(root: Path, step: int) -> None:
+    """Checkpoints past `step` are of a way that was given up: a start must not find them."""
+    for path in _checkpoints(root, moved_aside=True):
+        if int(path.name[5:13]) > step:
+            _quarantine(path, "diverged")
+
+
 def _verify_once(path: Path, known: Known) -> None:
     """Verify unless this very checkpoint was before; raises CheckpointError."""
     try:
@@ -251,9 +259,9 @@ def _verify_once(path: Path, known: Known) -> None:
         known.add(key)
 
 
-def _quarantine(path: Path) -> None:
-    """Rename a damaged checkpoint: it is no longer looked at, and can be examined."""
-    reason = "damaged" if (path / MANIFEST).is_file() else "no-manifest"
+def _quarantine(path: Path, reason: str = "") -> None:
+    """Rename a bad checkpoint: it is no longer looked at, and can be examined."""
+    reason = reason or ("damaged" if (path / MANIFEST).is_file() else "no-manifest")
     for number in itertools.count():
         target = path.with_name(f"{path.name[:13]}.bad-{reason}{f'-{number}' if number else ''}")
         if not target.exists():
@@ -384,10 +392,10 @@ def find(path: Path | str) -> Path:
     Raises UserError when there is none, CheckpointError when a checkpoint is damaged.
     """
     try:
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))  # Path's own raises where there is no such user
         there = path.is_dir()
-    except (OSError, RuntimeError) as error:  # a name that is too long, a folder that may not be entered, no such user
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"{path}: {error.strerror}") from None
     if not there:
         raise UserError(f"{path}: no such directory; give a run, a checkpoint or a Hugging Face model directory")
     if (path / MANIFEST).is_file():
@@ -432,6 +440,10 @@ def verify(path: Path) -> dict[str, Any]:
     manifest = read_json(path / MANIFEST)
     files = manifest.get("files")
     schema, step = manifest.get("schema"), manifest.get("step")
+    if type(schema) is int and schema > SCHEMA and manifest.pop("digest", "") == _digest(manifest):
+        raise UserError(
+            f"{path / MANIFEST}: of schema {schema}, this program reads up to {SCHEMA}; a newer version wrote it"
+        )
     if schema not in (1, SCHEMA) or type(step) is not int or not isinstance(files, dict):
         raise CheckpointError(f"{path / MANIFEST}: not a manifest of schema {SCHEMA}")
     content = {key: value for key, value in manifest.items() if key != "digest"}

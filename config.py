@@ -59,29 +59,40 @@ class YarnConfig(Section):
 
 
 class ModelConfig(Section):
-    """The architecture, under the names of a DeepSeek-V3 `config.json`."""
+    """The architecture, under the names of a DeepSeek-V3 `config.json`.
 
-    vocab_size: int = Field(default=50304, ge=2, description="rows of the embedding and the head")
-    hidden_size: int = Field(default=768, ge=1, description="width of the residual stream")
-    num_hidden_layers: int = Field(default=12, ge=1, description="blocks, without the MTP layers")
-    num_attention_heads: int = Field(default=8, ge=1, description="attention heads")
-    q_lora_rank: int | None = Field(default=512, ge=1, description="width of the query latent; null: no query latent")
-    kv_lora_rank: int = Field(default=256, ge=1, description="width of the key-value latent, what the cache holds")
-    qk_nope_head_dim: int = Field(default=64, ge=1, description="query and key width without position, per head")
+    The upper limits are beyond any model; without them a `config.json` could ask for what no memory holds.
+    """
+
+    vocab_size: int = Field(default=50304, ge=2, le=2**24, description="rows of the embedding and the head")
+    hidden_size: int = Field(default=768, ge=1, le=2**17, description="width of the residual stream")
+    num_hidden_layers: int = Field(default=12, ge=1, le=2**10, description="blocks, without the MTP layers")
+    num_attention_heads: int = Field(default=8, ge=1, le=2**12, description="attention heads")
+    q_lora_rank: int | None = Field(
+        default=512, ge=1, le=2**17, description="width of the query latent; null: no query latent"
+    )
+    kv_lora_rank: int = Field(
+        default=256, ge=1, le=2**17, description="width of the key-value latent, what the cache holds"
+    )
+    qk_nope_head_dim: int = Field(
+        default=64, ge=1, le=2**14, description="query and key width without position, per head"
+    )
     qk_rope_head_dim: int = Field(
-        default=64, ge=2, multiple_of=2, description="query and key width with rotary position"
+        default=64, ge=2, le=2**14, multiple_of=2, description="query and key width with rotary position"
     )
-    v_head_dim: int = Field(default=128, ge=1, description="value width per head")
-    intermediate_size: int = Field(default=1792, ge=1, description="width of a dense SwiGLU")
-    moe_intermediate_size: int = Field(default=256, ge=1, description="width of one expert's SwiGLU")
-    n_routed_experts: int = Field(default=64, ge=1, description="routed experts per layer")
-    n_shared_experts: int = Field(default=1, ge=1, description="shared experts per layer, built as one wide SwiGLU")
-    num_experts_per_tok: int = Field(default=6, ge=1, description="routed experts chosen per token")
+    v_head_dim: int = Field(default=128, ge=1, le=2**14, description="value width per head")
+    intermediate_size: int = Field(default=1792, ge=1, le=2**20, description="width of a dense SwiGLU")
+    moe_intermediate_size: int = Field(default=256, ge=1, le=2**20, description="width of one expert's SwiGLU")
+    n_routed_experts: int = Field(default=64, ge=1, le=2**14, description="routed experts per layer")
+    n_shared_experts: int = Field(
+        default=1, ge=1, le=2**10, description="shared experts per layer, built as one wide SwiGLU"
+    )
+    num_experts_per_tok: int = Field(default=6, ge=1, le=2**14, description="routed experts chosen per token")
     first_k_dense_replace: int = Field(
-        default=1, ge=0, description="first layers with a dense SwiGLU instead of experts"
+        default=1, ge=0, le=2**10, description="first layers with a dense SwiGLU instead of experts"
     )
-    n_group: int = Field(default=1, ge=1, description="groups of experts for group-limited routing")
-    topk_group: int = Field(default=1, ge=1, description="groups a token may choose from")
+    n_group: int = Field(default=1, ge=1, le=2**14, description="groups of experts for group-limited routing")
+    topk_group: int = Field(default=1, ge=1, le=2**14, description="groups a token may choose from")
     norm_topk_prob: bool = Field(default=True, description="normalise the chosen experts' weights to sum 1")
     routed_scaling_factor: float = Field(default=2.446, gt=0, description="factor on the routed experts' weights")
     num_nextn_predict_layers: int = Field(default=1, ge=0, le=8, description="multi-token-prediction depth; 0: none")
@@ -89,7 +100,7 @@ class ModelConfig(Section):
         default=1e-6, gt=0, description="epsilon of the norms (transformers and vLLM agree at 1e-6 only)"
     )
     max_position_embeddings: int = Field(
-        default=4096, ge=1, description="longest context the checkpoint promises, tokens"
+        default=4096, ge=1, le=2**24, description="longest context the checkpoint promises, tokens"
     )
     rope_theta: float = Field(default=10000.0, gt=1, description="base of the rotary frequencies")
     rope_scaling: YarnConfig | None = Field(default=None, description="YaRN context extension; null: none")
@@ -267,7 +278,9 @@ class TrainConfig(Section):
     micro_batch: Annotated[
         int | None, BeforeValidator(lambda value: None if value == "auto" else value), NullWord("auto")
     ] = Field(default=4, ge=1, description="rows of one forward and backward pass; auto: the most that fit the memory")
-    batch_tokens: int = Field(default=131072, ge=1, description="tokens of one optimizer step, over all ranks")
+    batch_tokens: int = Field(
+        default=131072, ge=1, le=2**32, description="tokens of one optimizer step, over all ranks"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="arithmetic of the matrix products"
     )

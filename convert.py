@@ -22,9 +22,11 @@ from torch import Tensor
 import checkpoint
 from checkpoint import CheckpointError
 from config import ModelConfig, UserError, YarnConfig
+from options import plain, shown
 
 log = logging.getLogger(__name__)
 
+WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # whatever can be promoted to another
 BIAS = "mlp.gate.e_score_correction_bias"  # fp32 everywhere: bf16 would round away the balancing steps
 # The keys of a config.json, and no others: transformers' own `head_dim` trips llama.cpp's converter.
 HF_KEYS = [
@@ -175,10 +177,11 @@ def from_checkpoint(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[
                 raise CheckpointError(
                     f"{there} has shape {list(tensors[there].shape)}, the config wants {list(like[index].shape)}"
                 )
-            if not tensors[there].is_floating_point():
+            if tensors[there].dtype not in WEIGHTS:
                 raise CheckpointError(f"{there} is of {tensors[there].dtype}, which holds no weights")
     for copy, original in _mtp_copies(config).items():
-        if copy in tensors and not torch.equal(tensors[copy], tensors[original]):
+        same = copy not in tensors or tensors[copy].dtype == tensors[original].dtype
+        if not same or (copy in tensors and not torch.equal(tensors[copy], tensors[original])):
             log.warning("%s differs from %s, which is used in its place", copy, original)
     state = {}
     for p in table:
@@ -205,7 +208,7 @@ def _check_names(tensors: Iterable[str], wanted: set[str], config: ModelConfig) 
 
 
 def _first(names: set[str]) -> str:
-    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(map(plain, sorted(names)[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def _layer(name: str) -> int:
@@ -235,13 +238,13 @@ def model_config(hf: Mapping[str, Any], names: Iterable[str] | None = None) -> M
     says (transformers saves the number but drops the layers). Raises UserError for what this model cannot represent.
     """
     if hf.get("model_type") != "deepseek_v3":
-        raise UserError(f"config.json: model_type is {hf.get('model_type')!r}, only 'deepseek_v3' is supported")
+        raise UserError(f"config.json: model_type is {shown(hf.get('model_type'))}, only 'deepseek_v3' is supported")
     if hf.get("quantization_config"):
         raise UserError("config.json: quantization_config is set; convert the quantised weights to bf16 first")
     values = {key: hf.get(key, default) for key, default in HF_DEFAULTS.items()}
     for key, only in (HF_FIXED | {"num_key_value_heads": values["num_attention_heads"]}).items():
         if hf.get(key, only) != only and not (key == "num_key_value_heads" and hf[key] is None):
-            raise UserError(f"config.json: {key} is {hf[key]!r}, only {only!r} is supported")
+            raise UserError(f"config.json: {key} is {shown(hf[key])}, only {only!r} is supported")
     dense, layers = values["first_k_dense_replace"], values["num_hidden_layers"]
     if isinstance(dense, int) and isinstance(layers, int) and dense > layers > 0:
         values["first_k_dense_replace"] = layers  # all dense
@@ -252,7 +255,7 @@ def model_config(hf: Mapping[str, Any], names: Iterable[str] | None = None) -> M
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        where = f"config.json: {key} is {first['input']!r}: " if key else "config.json: "
+        where = f"config.json: {key} is {shown(first['input'])}: " if key else "config.json: "
         raise UserError(where + first["msg"].removeprefix("Value error, ").replace("model.", "")) from None
     if names is not None and not any(_layer(name) >= config.num_hidden_layers for name in names):
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
@@ -262,12 +265,12 @@ def model_config(hf: Mapping[str, Any], names: Iterable[str] | None = None) -> M
 def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`, from legacy keys or transformers 5's `rope_parameters`, with its defaults."""
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    unknown = set(rope) - ROPE_KEYS if isinstance(rope, dict) else {repr(rope)}
+    unknown = set(rope) - ROPE_KEYS if isinstance(rope, dict) else {shown(rope)}
     if unknown:
         raise UserError(f"config.json: {_first(unknown)} in the rotary parameters is not supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "yarn"):
-        raise UserError(f"config.json: rotary type {kind!r} is not supported, only 'default' and 'yarn'")
+        raise UserError(f"config.json: rotary type {shown(kind)} is not supported, only 'default' and 'yarn'")
     for key, only in {"attention_factor": None, "truncate": True, "partial_rotary_factor": 1}.items():
         if rope.get(key, hf.get(key, only)) != only:
             raise UserError(f"config.json: {key} of the rotary embedding is not supported, only {only!r}")

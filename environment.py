@@ -15,6 +15,7 @@ from typing import Any
 from config import UserError
 from text import clean, keep_secret
 
+MIN_TORCH = (2, 9)
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
 
 
@@ -29,15 +30,38 @@ def prepare() -> None:
     keep_secret(*(os.environ.get(name) for name in SECRETS))
     _guard_outputs()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    release = _torch_release()
     old, new = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"  # the new name works from torch 2.11 on
     if old not in os.environ and new not in os.environ:
-        release = tuple(int(part) for part in importlib.metadata.version("torch").split(".")[:2])
         os.environ[new if release >= (2, 11) else old] = "expandable_segments:True"
     if sys.platform == "linux":
         # Keep freed activations for the next step.
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def hub_repository() -> str | None:
+    """`HF_REPO_ID`, where hub.repo_id is not given."""
+    return os.environ.get("HF_REPO_ID") or None
+
+
+def passing_disk() -> str | None:
+    """The service this runs on, where its disk goes with the session."""
+    signs = {"COLAB_RELEASE_TAG": "Colab", "KAGGLE_KERNEL_RUN_TYPE": "Kaggle"}
+    return next((service for name, service in signs.items() if os.environ.get(name)), None)
+
+
+def _torch_release() -> tuple[int, ...]:
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError("torch is not installed here: pip install -r requirements.txt") from None
+    release = tuple(int(part) for part in version.split(".")[:2])
+    if release < MIN_TORCH:
+        wanted = ".".join(map(str, MIN_TORCH))
+        raise UserError(f"torch {version} is too old, {wanted} is needed: pip install -r requirements.txt")
+    return release
 
 
 def _read_dotenv() -> None:
@@ -81,9 +105,10 @@ _formed_by: list[Any] = []
 def _log_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
     record = _made_by[-1](*args, **kwargs)
     try:
-        record.msg, record.args = clean(record.getMessage()), None
-    except Exception:  # noqa: BLE001  # a message that does not fit its arguments: logging tells of it
-        return record
+        told = record.getMessage()
+    except Exception:  # noqa: BLE001  # a message that does not fit its arguments: logging would print them
+        told = f"{record.msg!r} % {record.args!r}"
+    record.msg, record.args = clean(told), None
     if record.exc_info and record.exc_info[0]:
         record.exc_text = clean("".join(traceback.format_exception(*record.exc_info)).rstrip("\n"))
     return record

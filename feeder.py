@@ -36,6 +36,7 @@ from tokenizer import Encoder
 PREFETCH_STEPS = 4
 STALL_SEC = 120.0  # without a sign of life: no read tried, no chunk tokenised
 RESTARTS = 3  # in a row without a batch in between
+BEAT_SEC = 0.25  # between two signs of life of a tokenising process, at least
 _SPAWN = multiprocessing.get_context("spawn")  # forked children would inherit locks that nobody releases
 
 
@@ -264,10 +265,12 @@ class _Worker:
             try:
                 if not self.connection.poll(self.stall_sec):
                     raise TimeoutError
-                done, ids = self.connection.recv()
-                del self.sent[done]
-                self.results[done] = ids
-                self.failures = 0
+                message = self.connection.recv()
+                if message is not None:  # which is a sign of life in the middle of a long document
+                    done, ids = message
+                    del self.sent[done]
+                    self.results[done] = ids
+                    self.failures = 0
             except (EOFError, OSError):
                 self._replace()
             remote.beat()
@@ -310,6 +313,15 @@ def _tokenise(connection: Any, encoder: Encoder) -> None:
                 tasks.put(connection.recv())
         os._exit(0)
 
+    told = time.monotonic()
+
+    def beat() -> None:
+        nonlocal told
+        if time.monotonic() - told > BEAT_SEC:
+            connection.send(None)
+            told = time.monotonic()
+
+    remote.beat = beat
     threading.Thread(target=read, daemon=True).start()
     while True:
         ticket, texts = tasks.get()

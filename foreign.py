@@ -70,7 +70,10 @@ def check_header(path: Path) -> None:
         header_bytes = int.from_bytes(file.read(8), "little")
         if header_bytes > MAX_HEADER_BYTES:
             raise CheckpointError(f"{path}: a header of {header_bytes} bytes, at most {MAX_HEADER_BYTES} are read")
-        header = _json_object(path, file.read(header_bytes))
+        content = file.read(header_bytes)
+        if len(content) < header_bytes:
+            raise CheckpointError(f"{path}: ends within its header of {header_bytes} bytes")
+        header = _json_object(path, content)
         num_bytes = os.fstat(file.fileno()).st_size - 8 - header_bytes
     header.pop("__metadata__", None)
     extents = []

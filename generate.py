@@ -277,7 +277,7 @@ def read_prompts(given: argparse.Namespace) -> list[str]:
         if given.prompts_file == "-":
             content = sys.stdin.buffer.read() if sys.stdin else b""  # it may be closed
         else:
-            content = Path(given.prompts_file).expanduser().read_bytes()
+            content = Path(os.path.expanduser(given.prompts_file)).read_bytes()
         lines = content.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except (OSError, ValueError) as error:  # UnicodeDecodeError, and a null character in the name, are ValueErrors
         raise UserError(f"--prompts-file {name} cannot be read: {error}") from None
@@ -289,14 +289,17 @@ def read_prompts(given: argparse.Namespace) -> list[str]:
 
 def find_folder(name: str) -> Path:
     """The model directory; a name that does not exist is answered with its nearest neighbour, before torch loads."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     try:
         if not path.exists() and path.parent.is_dir():
             near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1)
             if near:
                 raise UserError(f"--checkpoint {path} does not exist; did you mean {path.parent / near[0]}?")
         import checkpoint
+        import hub
 
+        if not path.exists() and hub.PLACE.fullmatch(name.partition("@")[0]):
+            return hub.download_model(name)
         return checkpoint.find(path)
     except OSError as error:
         raise UserError(f"--checkpoint {path}: {error.strerror}") from None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import checkpoint
+import environment
 import generate
 from config import Config
 from counts import Counts
@@ -58,10 +59,13 @@ def announce(
         note("validation: none; no document is held out")
     if start is not None:
         note(f"resumed from {start} after step {state.step}")
-        before, now = dict(state.environment), environment(run.mesh)
+        before, now = dict(state.environment), set_up(run.mesh)
         if before and before != now:
             changed = ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key])
             note(f"not the set-up of that checkpoint ({changed}): the same order of data, but not to the last bit")
+    service = environment.passing_disk()
+    if service and not (config.hub.repo_id or environment.hub_repository()):
+        note(f"the disk of {service} goes with the session, and checkpoints with it; hub.repo_id=owner/name keeps them")
     if drive := checkpoint.network_drive(Path(config.run.dir)):
         note(
             f"run.dir is on a network drive ({drive}), which may lose what it has acknowledged; a local run.dir, and "
@@ -69,7 +73,7 @@ def announce(
         )
 
 
-def environment(mesh: Mesh) -> dict[str, Any]:
+def set_up(mesh: Mesh) -> dict[str, Any]:
     """What bits depend on beside the checkpoint."""
     name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "CPU"
     return {"torch": torch.__version__, "device": name, "world_size": mesh.world_size}

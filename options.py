@@ -64,7 +64,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A key or file name as it is, or escaped if it cannot be printed."""
     return name if name.isprintable() and len(name) <= 200 else shown(name)
 
@@ -189,7 +189,7 @@ class Schema(Generic[Root]):
 
     def unknown(self, key: str, value: str, where: str) -> UserError:
         if _is_secret(key, value):
-            return UserError(f"{where}: unknown key {_plain(key)}; {NO_SECRETS}")
+            return UserError(f"{where}: unknown key {plain(key)}; {NO_SECRETS}")
         nearest = self.nearest(key)
         parent = _general(key).rpartition(".")[0]
         if len(nearest) == 1:
@@ -200,7 +200,7 @@ class Schema(Generic[Root]):
             hint = f"valid keys are {', '.join(name for name in self.keys if name.rpartition('.')[0] == parent)}"
         else:
             hint = f"valid sections are {', '.join(self.sections)}"
-        return UserError(f"{where}: unknown key {_plain(key)} = {value}; {hint}")
+        return UserError(f"{where}: unknown key {plain(key)} = {value}; {hint}")
 
 
 # --- YAML ---
@@ -256,7 +256,7 @@ class Reader(Generic[Root]):
 
     def __init__(self, schema: Schema[Root], path: Path, name: str) -> None:
         self.schema = schema
-        self.name = _plain(name)
+        self.name = plain(name)
         self.origins: dict[str, str] = {}
         tree = self._parse(self._read(path), "", self.name)
         if tree is not None and not isinstance(tree, dict):
@@ -282,7 +282,7 @@ class Reader(Generic[Root]):
         where, keys = "command line", self.schema.keys
         key, equals, text = argument.partition("=")
         key = key.strip()
-        given = f"{where}: {_plain(key)} = {shown(text)}"
+        given = f"{where}: {plain(key)} = {shown(text)}"
         if not equals or not key:
             form = f"{key}=VALUE" if key in keys else "section.key=value, such as train.steps=100"
             raise UserError(f"{where}: {shown(argument)} must have the form {form}")
@@ -315,21 +315,23 @@ class Reader(Generic[Root]):
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             line = f":{mark.line + 1}" if mark and not key else ""
-            raise UserError(f"{where}{line}: {given}is not valid YAML: {_plain(str(error.problem))}") from None
+            raise UserError(f"{where}{line}: {given}is not valid YAML: {plain(str(error.problem))}") from None
         except yaml.YAMLError as error:
             problem = getattr(error, "reason", "unreadable")
-            raise UserError(f"{where}: {given}is not valid YAML: {_plain(str(problem))}") from None
+            raise UserError(f"{where}: {given}is not valid YAML: {plain(str(problem))}") from None
 
     def _spot(self, node: yaml.Node, where: str) -> str:
         return f"{where}:{node.start_mark.line + 1}" if where == self.name else where
 
     def _value(self, node: yaml.Node, key: str, where: str) -> Any:
         spot = self._spot(node, where)
+        tag = node.tag.removeprefix("tag:yaml.org,2002:")
+        if isinstance(node, yaml.CollectionNode) and tag not in ("map", "seq"):
+            raise UserError(f"{spot}: {plain(key)} has the tag {plain(node.tag)}; tags are not supported")
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, f"{key}[0]" if self.schema.holds_keys(f"{key}[]") else key, where)
         if isinstance(node, yaml.SequenceNode):
             return [self._value(item, f"{key}[{i}]", where) for i, item in enumerate(node.value)]
-        tag = node.tag.removeprefix("tag:yaml.org,2002:")
         if tag == "str" or (tag in _SCALARS and self.schema.takes_text(key, node.value)):
             return self._text(node.value, key, spot)
         try:
@@ -337,15 +339,15 @@ class Reader(Generic[Root]):
             field = self.schema.keys.get(_general(key))
             if tag == "int" and field is not None and abs(value) > MAX_INT and not _limited(field):
                 raise UserError(
-                    f"{spot}: {_plain(key)} = {shown(value)} must be {self.schema.allowed(key)}, and at most {MAX_INT}"
+                    f"{spot}: {plain(key)} = {shown(value)} must be {self.schema.allowed(key)}, and at most {MAX_INT}"
                 )
             return value
         except KeyError:
             raise UserError(
-                f"{spot}: {_plain(key)} = {shown(node.value)} has the tag {_plain(node.tag)}; tags are not supported"
+                f"{spot}: {plain(key)} = {shown(node.value)} has the tag {plain(node.tag)}; tags are not supported"
             ) from None
         except ValueError:  # more than 4300 digits, or `!!int abc`
-            raise UserError(f"{spot}: {_plain(key)} = {shown(node.value)} is not a number one can read") from None
+            raise UserError(f"{spot}: {plain(key)} = {shown(node.value)} is not a number one can read") from None
 
     def _mapping(self, node: yaml.MappingNode, key: str, where: str) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -355,7 +357,7 @@ class Reader(Generic[Root]):
                 raise UserError(f"{spot}: a key must be a word, not a list or a mapping")
             child = f"{key}.{name}" if key else name
             if name in values:
-                raise UserError(f"{spot}: {_plain(child)} is given twice; the first is at {self.origins[child]}")
+                raise UserError(f"{spot}: {plain(child)} is given twice; the first is at {self.origins[child]}")
             if self.schema.holds_keys(key) and _general(child) not in self.schema.keys:
                 value = shown(value_node.value) if isinstance(value_node.value, str) else "..."
                 raise self.schema.unknown(child, value, spot)
@@ -366,7 +368,7 @@ class Reader(Generic[Root]):
     @staticmethod
     def _text(text: str, key: str, where: str) -> str:
         if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
-            raise UserError(f"{where}: {_plain(key)} = {shown(text)} holds a character that no text can have")
+            raise UserError(f"{where}: {plain(key)} = {shown(text)} holds a character that no text can have")
         return text
 
     def origin(self, key: str) -> str:

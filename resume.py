@@ -33,10 +33,10 @@ MAY_DIFFER = {  # from the model of train.init_from: what no tensor's shape or m
 STATE_FILE = "training_state.json"
 RUN_FILES = {
     "config.yaml", "metrics.jsonl", "samples.md", "checkpoints", "metrics.tmp", "samples.tmp", "profile.json",
-    "profile.txt", "diverged.json",
+    "profile.txt", "diverged.json", "hub.json",
 }  # fmt: skip
 # What may change on resume: it decides how long, how visibly and how comfortably a run goes on, not what it learns.
-FREE_SECTIONS = ("run", "ops", "log", "eval", "sample", "checkpoint")
+FREE_SECTIONS = ("run", "ops", "log", "eval", "sample", "checkpoint", "hub")
 FREE_KEYS = {
     "data.workers", "data.cache", "data.max_skipped", "train.steps", "train.tokens_per_active_param",
     "train.max_minutes", "train.hang_minutes", "train.deterministic", "train.micro_batch", "train.recompute",
@@ -62,6 +62,7 @@ class TrainState:
     fallback: bool = False  # trained on data.fallback
     loss_scale: dict[str, Any] = field(default_factory=dict)
     ops: dict[str, str] = field(default_factory=dict)  # the paths taken, see probe.py
+    bad_in_a_row: int = 0  # steps skipped last, for want of a finite gradient
     rollbacks: int = 0
     environment: dict[str, Any] = field(default_factory=dict)  # torch's version, the device, the number of ranks
     origin: str = ""  # SHA-256 of the manifest of the checkpoint that --resume PATH branched off from
@@ -146,6 +147,19 @@ def pick(run_dir: Path, wanted: str) -> Path | None:
             return newest  # this branch, started again
         raise UserError(f"--resume {wanted}: {run_dir} has checkpoints of its own; give another run.name=... to branch")
     return chosen
+
+
+def read(start: Path, config: Config, precision: str, steps: int) -> TrainState:
+    """A checkpoint's state, of this configuration; one of another run says where this one branches off."""
+    state = TrainState.read(start)
+    check_config(state, config, precision)
+    if not belongs(start, Path(config.run.dir)):
+        if state.step >= steps:
+            raise UserError(
+                f"--resume {start}: it is step {state.step} already; to branch off, give train.steps above it"
+            )
+        state.origin = identity(start) or ""
+    return state
 
 
 def belongs(start: Path, run_dir: Path) -> bool:

@@ -72,6 +72,8 @@ def build(config: Config, mesh: Mesh, precision: str, paths: OpsConfig) -> tuple
     """Model, optimizers and loss scale, without any value yet."""
     model = meta_model(config.model, DTYPES[precision], recompute=config.train.recompute, paths=paths)
     model.to_empty(device=mesh.device)
+    if config.train.compile:
+        model.compile_blocks()
     scale = LossScale(dynamic=True, value=FIRST_SCALE) if precision == "fp16" else LossScale()
     return model, Optimizers(model, config.optim), scale
 

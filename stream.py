@@ -393,13 +393,20 @@ class _Rows:
 
     def _read(self, unit: int) -> Documents:
         cache, wanted = self.feed.cache, self.stream.units[unit]
-        if cache is None or wanted.kind == "tokens":
-            return read_unit(wanted)
-        found = cache.get(self.base + unit, wanted)
+        found = None if cache is None or wanted.kind == "tokens" else cache.get(self.base + unit, wanted)
         if found is None:
-            documents = read_unit(wanted)
-            found = cache.put(self.base + unit, wanted, documents, self.feed.encoder(documents.items))
+            found = read_unit(wanted)
+            remote.beat()  # a row group of a million documents takes its time
+            if cache is not None and wanted.kind != "tokens":
+                found = cache.put(self.base + unit, wanted, found, self._encoded(found.items))
         return found
+
+    def _encoded(self, texts: list[str]) -> list[Ids | None]:
+        ids: list[Ids | None] = []
+        for start in range(0, len(texts), CHUNK_DOCUMENTS["concat"]):
+            ids += self.feed.encoder(texts[start : start + CHUNK_DOCUMENTS["concat"]])
+            remote.beat()
+        return ids
 
     def _window(self, epoch: int, number: int, read: list[tuple[int, Documents]]) -> _Window:
         items = [item for _, documents in read for item in documents.items]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # (marks, overrides, isolates); and lone surrogates, which no UTF-8 output takes.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+MAX_MESSAGE = 1000  # characters of a message: a name in a hostile file may have a million
 HIDDEN = "[hidden]"
 # Tokens of the Hub wherever they come from, and who one is in a URL: `https://name:password@host`.
 _SECRET = re.compile(
@@ -53,7 +54,8 @@ def clean(text: str) -> str:
 def report(error: UserError | OSError) -> int:
     """Say a user's mistake, or a file that cannot be had, in one line on standard error; the exit code."""
     told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
-    print("error:", " ".join(clean(told).split()), file=sys.stderr)
+    line = " ".join(f"error: {clean(told[:MAX_MESSAGE])}".split())
+    print(line if len(line) < MAX_MESSAGE else f"{line[: MAX_MESSAGE - 4]}...", file=sys.stderr)
     return 2
 
 

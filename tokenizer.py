@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import remote
 from config import UserError
 from remote import Unreachable, hub_commit, one_line
 
@@ -189,13 +190,16 @@ class Encoder:
         return [self._encode_slow(text) for text in texts]
 
     def _encode_slow(self, text: str) -> np.ndarray | None:
+        ids: list[int] = []
         try:
-            parts = self._tokenizers().encode_batch_fast(list(cut_long(text)), add_special_tokens=False)
+            for part in cut_long(text):
+                (encoding,) = self._tokenizers().encode_batch_fast([part], add_special_tokens=False)
+                ids += encoding.ids
         except BaseException as error:
             if not _refused(error):
                 raise
             return None
-        return np.array([i for part in parts for i in part.ids], dtype=np.int32)
+        return np.array(ids, dtype=np.int32)
 
     def _encode_fast(self, text: str) -> np.ndarray | None:
         encode = self._tiktoken()
@@ -239,6 +243,7 @@ def cut_long(text: str) -> Iterator[str]:
         end = found.end() if found else start + LONG_CHARACTERS
         yield text[start:end]
         start = end
+        remote.beat()  # a document may be gigabytes
     yield text[start:]
 
 

@@ -44,10 +44,11 @@ MOST_SKIPPED = 5  # steps in a row without a finite gradient; one more puts the 
 MOST_ROLLBACKS = 3
 LESS_MEMORY = "train.recompute=full, optim.momentum_dtype=bf16, a smaller data.seq_len or model would take less"
 SPARE = 1.25  # of the time that a step and a checkpoint took, kept free before train.max_minutes are over
-EXIT_TIME, EXIT_DIVERGED, EXIT_UNSAVED = 3, 4, 5
+EXIT_TIME, EXIT_DIVERGED, EXIT_UNSAVED, EXIT_UNPUSHED = 3, 4, 5, 6
 EXIT_CODES = (
-    "exit codes: 0 finished, 1 failed, 2 bad input, 4 diverged, 5 the last checkpoint could not be written; with the "
-    "last step saved: 3 train.max_minutes over, 130 stopped by SIGINT, 143 by SIGTERM, 138 by SIGUSR1"
+    "exit codes: 0 finished, 1 failed, 2 bad input, 3 train.max_minutes over, 4 diverged, 5 the last checkpoint could "
+    "not be written, 6 finished but not on the Hub, 130 stopped by SIGINT, 138 by SIGUSR1, 143 by SIGTERM (after the "
+    "codes of a time or a signal, the last step is saved)"
 )
 
 
@@ -161,6 +162,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
     import checkpoint
     import evals
     import journal
+    import mirror
     import parallel
     import probe
     import profiling
@@ -178,11 +180,6 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
 
     run_dir, stop, started, late = Path(config.run.dir), StopFlag(), time.monotonic(), False
     with parallel.processes(allow_cpu=allow_cpu) as mesh, contextlib.ExitStack() as cleanup:
-        if config.rows_per_step < mesh.world_size:
-            raise UserError(
-                f"train.batch_tokens = {config.train.batch_tokens} is {config.rows_per_step} rows of data.seq_len = "
-                f"{config.data.seq_len}: too few for {mesh.world_size} ranks"
-            )
         precision = parallel.pick_precision(config.train.precision, mesh.device)
         parallel.set_arithmetic(precision, mesh.device, deterministic=config.train.deterministic)
         dtype = DTYPES[precision]
@@ -196,20 +193,17 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         if mesh.is_main:
             journal.warn_if_slow(mesh, precision, flops * steps * config.train.batch_tokens / peak)
 
-        mesh.from_main(on_main(mesh, lambda: cleanup.enter_context(checkpoint.locked(run_dir))))
+        claim = Claim(run_dir, cleanup)
+        mesh.from_main(on_main(mesh, claim.take))
+        hub = mirror.Mirror((config.hub.repo_id or environment.hub_repository()) if mesh.is_main else None, config)
+        cleanup.callback(hub.close)
+        mesh.from_main(on_main(mesh, lambda: hub.fetch(resume_from, print, lambda: claim.take(make=True))))
         start = mesh.from_main(on_main(mesh, lambda: resume.pick(run_dir, resume_from)))
-        state = resume.TrainState.read(start) if start is not None else None
-        if state is not None:
-            resume.check_config(state, config, precision)
-        if state is not None and start is not None and not resume.belongs(start, run_dir):
-            if state.step >= steps:
-                raise UserError(
-                    f"--resume {resume_from}: it is step {state.step} already; to branch off, give train.steps above it"
-                )
-            state.origin = resume.identity(start) or ""
+        state = resume.read(start, config, precision, steps) if start is not None else None
         if state is not None and state.ended(config, steps) and resume.same_names(state, config):
             return journal.say_finished(config, state.step, start) if mesh.is_main else 0  # the data may be far away
-        mesh.from_main(on_main(mesh, lambda: checkpoint.preflight(run_dir, checkpoint_bytes(config))))
+        num_bytes = checkpoint_bytes(config)
+        mesh.from_main(on_main(mesh, lambda: checkpoint.preflight(run_dir, num_bytes)))
         fallback = None if state is None else state.fallback
         opened = mesh.from_main(on_main(mesh, lambda: open_dataset(config, start, fallback=fallback)))
         held_out = mesh.from_main(on_main(mesh, lambda: opened.validation(config)))
@@ -227,9 +221,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         state.ops = paths.model_dump()
         model, optimizers, scale = build(config, mesh, precision, paths)
         put_back(config, model, optimizers, scale, state, start)
-        if config.train.compile:
-            model.compile_blocks()
-        mesh.from_main(on_main(mesh, lambda: make_folder(run_dir, cleanup, afresh=resume_from == "never")))
+        mesh.from_main(on_main(mesh, lambda: make_folder(run_dir, claim, afresh=resume_from == "never")))
         tracker = Tracker(run_dir if mesh.is_main else None, total_steps=steps, first_step=state.step)
         mesh = parallel.for_training(mesh, 60 * config.train.hang_minutes)
         watch = cleanup.enter_context(parallel.Watch(mesh, 60 * config.train.hang_minutes))
@@ -241,9 +233,10 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
             journal.announce(run, counts, state, start, held_out, hardware)
             for line in told:
                 tracker.note(line)
-        state.environment = journal.environment(mesh)
+        mesh.from_main(on_main(mesh, lambda: hub.start(tracker.note, counts, num_bytes)))
+        state.environment = journal.set_up(mesh)
         saver = Saver(
-            run_dir / "checkpoints", keep=config.checkpoint.keep, note=tracker.note,
+            run_dir / "checkpoints", keep=config.checkpoint.keep, note=tracker.note, on_saved=hub.offer,
             every_sec=None if config.checkpoint.every_minutes is None else 60 * config.checkpoint.every_minutes,
         )  # fmt: skip
         cleanup.callback(saver.close)
@@ -252,7 +245,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         loader = Loader(feed, config.data.workers, pin_memory=mesh.device.type == "cuda", note=tracker.note)
         cleanup.callback(loader.close)
         resume.restore_rng(config.train.seed, start, mesh.device, mesh.rank)
-        saved, bad_in_a_row, clock = state.step, 0, Clock()
+        saved, owed, clock = state.step, False, Clock()
         profiler = profiling.Profiler(run_dir, mesh.device, tracker.note) if profile and mesh.is_main else None
         if profiler is not None:
             cleanup.callback(profiler.stop)
@@ -281,14 +274,15 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
             state.cursor, state.exhausted = batch.cursor.to_dict(), batch.last
             state.loss_scale = asdict(scale) if scale.dynamic else {}
             state.skipped_steps += metrics["skipped"]
-            bad_in_a_row = bad_in_a_row + 1 if metrics["skipped"] and not calibrating(run, metrics) else 0
-            if bad_in_a_row > MOST_SKIPPED:
+            bad = metrics["skipped"] and not calibrating(run, metrics)
+            state.bad_in_a_row = state.bad_in_a_row + 1 if bad else 0
+            if state.bad_in_a_row > MOST_SKIPPED:
                 if state.rollbacks == MOST_ROLLBACKS:
                     return diverged(run, state, metrics)
-                bad_in_a_row, saved = 0, roll_back(run, state, saver, start, before=state.step - bad_in_a_row)
+                saved = roll_back(run, state, saver, start)
                 continue
             last = state.step == steps or state.exhausted
-            scores: dict[str, Any] | None = {}
+            scores: dict[str, Any] = {}
             if last or state.step % config.eval.every_steps == 0:
                 isolated = eos if config.data.document_mask else None
                 scores = evals.evaluate(
@@ -296,15 +290,22 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
                 )
             if scores or last or state.step % config.log.every_steps == 0:
                 entry = journal.log_entry(run, state, batch, metrics, clock, loader, flops / peak)
-                tracker.log(state.step, entry | (scores or {}))
+                tracker.log(state.step, entry | hub.metrics() | scores)
             if last or state.step % config.sample.every_steps == 0:
                 journal.write_samples(run, opened.tokenizer, state.step, shown=last)
-            if last or due or state.step % config.checkpoint.every_steps == 0:
+            owed |= due or state.step % config.checkpoint.every_steps == 0
+            if last or (owed and not bad):  # skipped steps would push out what the run may be put back to
                 save(run, state, saver, opened.tokenizer)
-                saved = state.step
+                saved, owed = state.step, False
         if saved < state.step:
             save(run, state, saver, opened.tokenizer)
-        return ending(run, state, late=late, saved=saver.wait())
+        code = ending(run, state, late=late, saved=saver.wait())
+        if not hub.finish(hurried=stop.requested):
+            tracker.note(
+                f"the newest checkpoint is not on the Hub: {hub.metrics()['hub_error'] or 'no answer in time'}"
+            )
+            return code or EXIT_UNPUSHED
+        return code
 
 
 def calibrating(run: Run, metrics: dict[str, Any]) -> bool:
@@ -312,8 +313,8 @@ def calibrating(run: Run, metrics: dict[str, Any]) -> bool:
     return run.scale.dynamic and run.scale.value > 1 and metrics["total_loss"] is not None
 
 
-def roll_back(run: Run, state: TrainState, saver: Saver, start: Path | None, *, before: int) -> int:
-    """Put the run back to the newest checkpoint of step `before` or an earlier one, or to its beginning; its step.
+def roll_back(run: Run, state: TrainState, saver: Saver, start: Path | None) -> int:
+    """Put the run back to the newest checkpoint from before its bad steps, or to its beginning; the step of that.
 
     The data go on from here: what the run failed on is behind it.
     """
@@ -323,17 +324,20 @@ def roll_back(run: Run, state: TrainState, saver: Saver, start: Path | None, *, 
     from tracker import keep_until
 
     run.drop_gradients()
-    root = Path(run.config.run.dir, "checkpoints")
-    there = run.mesh.from_main(
-        on_main(run.mesh, lambda: (saver.wait(), checkpoint.latest(root, most=before) if root.is_dir() else None)[1])
-    )
-    found = there or start
+    root, before = Path(run.config.run.dir, "checkpoints"), state.step - state.bad_in_a_row
+
+    def before_it() -> Path | None:
+        saver.wait()
+        return checkpoint.latest(root, most=before)
+
+    found = run.mesh.from_main(on_main(run.mesh, before_it)) or start
     then = resume.TrainState.read(found) if found is not None else None
     put_back(run.config, run.model, run.optimizers, run.scale, then or state, found)
-    failed, state.rollbacks = state.step, state.rollbacks + 1
+    failed, state.bad_in_a_row, state.rollbacks = state.step, 0, state.rollbacks + 1
     state.step, state.tokens, state.loss_scale = (then.step, then.tokens, then.loss_scale) if then else (0, 0, {})
     if run.mesh.is_main:
         keep_until(Path(run.config.run.dir), state.step)
+        checkpoint.set_newer_aside(root, state.step)
     run.tracker.note(
         f"no finite gradient for {MOST_SKIPPED + 1} steps, the last of them {failed}: back to step {state.step}, past "
         f"the data seen since ({state.rollbacks} of {MOST_ROLLBACKS} times)"
@@ -416,7 +420,15 @@ def on_main(mesh: Mesh, make: Callable[[], Any]) -> Any:
 
 
 def fitting_rows(config: Config, mesh: Mesh, dtype: torch.dtype, available: int) -> int:
-    """`train.micro_batch`; for auto the most that fit: on a GPU by the predicted peak, on a CPU its caches."""
+    """`train.micro_batch`; for auto the most that fit: on a GPU by the predicted peak, on a CPU its caches.
+
+    Raises UserError where a step has too few rows for the ranks.
+    """
+    if config.rows_per_step < mesh.world_size:
+        raise UserError(
+            f"train.batch_tokens = {config.train.batch_tokens} is {config.rows_per_step} rows of data.seq_len = "
+            f"{config.data.seq_len}: too few for {mesh.world_size} ranks"
+        )
     if config.train.micro_batch is not None:
         return config.train.micro_batch
     if mesh.device.type == "cpu":
@@ -426,8 +438,24 @@ def fitting_rows(config: Config, mesh: Mesh, dtype: torch.dtype, available: int)
     return memory.largest_micro_batch(config, dtype=dtype, available=available, world_size=mesh.world_size)
 
 
-def make_folder(run_dir: Path, cleanup: contextlib.ExitStack, *, afresh: bool) -> None:
-    """The run's folder, writable and ours until `cleanup`; `afresh` first moves an earlier run aside.
+class Claim:
+    """A run's folder, locked from when it is there until `cleanup`."""
+
+    def __init__(self, folder: Path, cleanup: contextlib.ExitStack):
+        self.folder, self.cleanup, self.held = folder, cleanup, False
+
+    def take(self, *, make: bool = False) -> None:
+        import checkpoint
+
+        if make:
+            checkpoint.make_folder(self.folder)
+        if not self.held and self.folder.exists():
+            self.cleanup.enter_context(checkpoint.locked(self.folder))
+            self.held = True
+
+
+def make_folder(run_dir: Path, claim: Claim, *, afresh: bool) -> None:
+    """The run's folder, writable and ours; `afresh` first moves an earlier run aside.
 
     Everything else has worked by now.
     """
@@ -437,10 +465,9 @@ def make_folder(run_dir: Path, cleanup: contextlib.ExitStack, *, afresh: bool) -
     try:
         if afresh:
             resume.move_aside(run_dir)
-        new = not run_dir.exists()
+            claim.held &= run_dir.exists()  # the lock went with the earlier run
+        claim.take(make=True)
         checkpoint.make_folder(run_dir / "checkpoints")
-        if new:
-            cleanup.enter_context(checkpoint.locked(run_dir))
         for name in ("config.yaml", "metrics.jsonl", "samples.md"):  # now, not when there is something to lose
             (run_dir / name).open("a").close()
     except OSError as error:

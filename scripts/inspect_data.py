@@ -47,6 +47,7 @@ from text import report, safe_text
 # The near duplicates that FineWeb's authors look for: word 5-grams, 14 bands of 8 hashes (arXiv 2406.17557).
 GRAM, NUM_PERM, NUM_BANDS = 5, 112, 14
 SIMILAR = 0.7  # Jaccard; candidates are compared exactly
+HELD_BYTES = 4 << 30  # of text, more than which a feeding process should not hold
 MANY_EPOCHS = 4  # repeated more often, data are worth clearly less (arXiv 2305.16264)
 
 
@@ -253,7 +254,15 @@ class Doctor:
         self.say(
             verdict, f"{found:,} documents in {self.read} of {len(self.units):,} units read, {share:.2%} unreadable"
         )
-        windows = -(-len(self.units) // self.config.data.shuffle_window)
+        window = self.config.data.shuffle_window
+        held = self.text_bytes / max(1, self.read) * min(len(self.units), 2 * window)
+        if held > HELD_BYTES:
+            self.say(
+                "warn",
+                f"two shuffle windows of {window} units take over {held / 2**30:.1f} GiB of memory in every rank; lower "
+                "data.shuffle_window, or write smaller row groups",
+            )
+        windows = -(-len(self.units) // window)
         processes = max(1, self.config.data.workers) * int(os.environ.get("WORLD_SIZE", 1))
         self.say(
             "ok" if len(self.units) >= processes else "warn",

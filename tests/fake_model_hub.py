@@ -13,12 +13,26 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants, file_download
+from huggingface_hub.utils import _http
+
+import checkpoint
+import hub
+
 TOKEN = "hf_" + "CanaryCanaryCanary" * 2  # what it accepts; the tests look for it where it must not be
+NAME = "me/model"
+RUN = "run-1"
 
 
 @dataclass
@@ -73,7 +87,7 @@ class FakeModelHub:
         self.log: list[str] = []  # "METHOD /path"
         self.lock = threading.RLock()
         self.stall_sec = 1.0
-        self.slow_sec = 0.0  # before every answer
+        self.on_request: Callable[[str], None] = lambda line: None  # before anything is done
         self.may_create = True
         self.large = 200  # bytes from which a file goes to the storage of large files
 
@@ -87,6 +101,7 @@ class FakeModelHub:
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.thread.start()
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.storage = f"http://localhost:{self.server.server_address[1]}/storage"  # another host: no token goes there
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,6 +118,46 @@ class FakeModelHub:
         return sum(bool(re.search(pattern, line)) for line in self.log)
 
 
+@contextlib.contextmanager
+def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeModelHub]:
+    """A hub that this process's huggingface_hub talks to, without its own waits between tries, and with a token."""
+    with FakeModelHub() as server:
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (constants, file_download):
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(_http, "_HUB_ORIGINS", frozenset({_http._url_origin(server.endpoint)}))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+
+
+@contextlib.contextmanager
+def impatient(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.3) -> Iterator[None]:
+    """A client that waits no longer than this for an answer. A client takes half a second to make: not in each test."""
+    for name in ("ASK_SEC", "ANSWER_SEC"):
+        monkeypatch.setattr(hub, name, seconds)
+    huggingface_hub.set_client_factory(_http.default_client_factory)
+    yield
+    huggingface_hub.set_client_factory(_http.default_client_factory)
+
+
+def save(root: Path, step: int, *, keep: int = 9, salt: float = 0.0) -> Path:
+    """A small checkpoint."""
+    tensors = {
+        "model": {"a.weight": torch.full((40,), step + salt)},
+        "optimizer": {"a.exp_avg": torch.full((100,), float(step))},
+    }
+    files = {"config.json": b'{"model_type": "deepseek_v3"}', "training_state.json": b'{"step": %d}' % step}
+    return checkpoint.save(root, step, tensors, {**files, "tokenizer.json": b"{}"}, keep=keep)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
@@ -114,6 +169,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     state: FakeModelHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or headers and body, sent apart, cost 40 ms each time
 
     def log_message(self, *_: object) -> None:
         pass
@@ -130,8 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         line = f"{self.command} {path}"
         self.state.log.append(line)
-        if self.state.slow_sec:
-            time.sleep(self.state.slow_sec)
+        self.state.on_request(line)
         kind = self._fault(line)
         if kind == "stall":
             time.sleep(self.state.stall_sec)
@@ -182,7 +237,8 @@ class _Handler(BaseHTTPRequestHandler):
     # --- what a request comes to: status, body, headers ---
 
     def _route(self, path: str) -> tuple[int, bytes, dict[str, str]]:
-        if path.startswith("/storage/"):  # addresses that need no token, as the Hub signs them
+        if path.startswith("/storage/"):  # signed addresses
+            assert "Authorization" not in self.headers, "the token has left the Hub"
             return self._stored(path.removeprefix("/storage/"))
         with self.state.lock:
             if path == "/api/validate-yaml":
@@ -270,7 +326,7 @@ class _Handler(BaseHTTPRequestHandler):
         for asked in json.loads(self.body)["objects"]:
             told = {"oid": asked["oid"], "size": asked["size"]}
             if asked["oid"] not in repo.blobs:
-                href = f"{self.state.endpoint}/storage/{self.name}/{asked['oid']}"
+                href = f"{self.state.storage}/{self.name}/{asked['oid']}"
                 told["actions"] = {"upload": {"href": href, "header": {}}}
             objects.append(told)
         return self._json({"transfer": "basic", "objects": objects})
@@ -316,7 +372,7 @@ class _Handler(BaseHTTPRequestHandler):
         if len(content) >= self.state.large:
             digest = hashlib.sha256(content).hexdigest()
             repo.blobs[digest] = content
-            location = f"{self.state.endpoint}/storage/{self.name}/{digest}"
+            location = f"{self.state.storage}/{self.name}/{digest}"
             headers |= {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{digest}"', "Location": location}
             return 302, b"", headers
         return self._content(content, {**headers, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'})

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import checkpoint
+import foreign
 from checkpoint import CheckpointError
 from config import UserError
 
@@ -535,7 +536,7 @@ def test_bad_indexes(tmp_path: Path, content: bytes, reason: str) -> None:
 
 
 def test_an_index_larger_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "MAX_JSON_BYTES", 100)
+    monkeypatch.setattr(foreign, "MAX_JSON_BYTES", 100)
     foreign_index(tmp_path, {"a": "b" * 100})
     with pytest.raises(CheckpointError, match="larger than 100 bytes"):
         checkpoint.load(tmp_path)

@@ -28,3 +28,46 @@ def test_a_dotenv_that_cannot_be_read_is_one_line(content: bytes, tmp_path: Path
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2 and result.stderr.startswith("error: .env: no plain UTF-8 text")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+@pytest.mark.parametrize(
+    ("mode", "content", "warned"),
+    [
+        (0o644, "HF_TOKEN=abc", True),
+        (0o640, "HF_TOKEN=abc", True),
+        (0o600, "HF_TOKEN=abc", False),
+        (0o644, "A=b", False),
+    ],
+)
+def test_secrets_that_others_may_read(mode: int, content: str, warned: bool, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(content)
+    (tmp_path / ".env").chmod(mode)
+    result = prepared(tmp_path)
+    assert result.returncode == 0 and result.stderr.count("\n") == warned
+    assert not warned or result.stderr.endswith("may read the secrets in .env; chmod 600 .env\n")
+
+
+def prepared(folder: Path, *packages: Path) -> subprocess.CompletedProcess[str]:
+    """`environment.prepare()` in a process of its own, which finds `packages` before what is installed."""
+    code = (
+        "import sys, environment, text, config\n"
+        "try:\n    environment.prepare()\nexcept config.UserError as error:\n    sys.exit(text.report(error))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *packages)))}
+    for name in ("HF_TOKEN", "RANK"):
+        environment.pop(name, None)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment)
+
+
+@pytest.mark.parametrize(("version", "works"), [("1.13.1", False), ("2.8.0+cu128", False), ("2.9.0a0+git", True)])
+def test_a_torch_that_is_too_old_is_one_line(version: str, works: bool, tmp_path: Path) -> None:
+    """Told from the package's metadata, before it is imported."""
+    info = tmp_path / f"torch-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    result = prepared(tmp_path, tmp_path)
+    assert result.returncode == (0 if works else 2), result.stderr
+    if not works:
+        assert result.stderr == (f"error: torch {version} is too old, 2.9 is needed: pip install -r requirements.txt\n")
+        assert "torch>=2.9," in (ROOT / "requirements.txt").read_text(encoding="utf-8")

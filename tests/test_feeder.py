@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import feeder
+import remote
 import sources
 import tokenizer
 from config import SourceConfig, UserError
@@ -165,9 +167,9 @@ def through_kills(feed, fed, count, *, workers, kills, resumes, seed):
     assert restarts == (kills if workers else 0)
 
 
-def d1(feed, fed, count, workers, kills=5):
+def d1(feed, fed, count, workers, kills=5, resumes=3):
     wanted = digest(take(feed().batches(), count))
-    again = through_kills(feed, fed, count, workers=workers, kills=kills, resumes=3, seed=workers)
+    again = through_kills(feed, fed, count, workers=workers, kills=kills, resumes=resumes, seed=workers)
     assert digest(again) == wanted
     for world_size in (2, 4):
         ranks = [feed(rank=rank, world_size=world_size).batches() for rank in range(world_size)]
@@ -182,7 +184,7 @@ def d1(feed, fed, count, workers, kills=5):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_kills_resumes_workers_and_ranks_leave_the_order_alone(feed, fed, workers):
     """D1 in small; the whole of it: pytest -m slow tests/test_feeder.py"""
-    d1(feed, fed, 300, workers, kills=2)
+    d1(feed, fed, 300, workers, kills=1, resumes=2)
 
 
 @posix
@@ -198,23 +200,22 @@ def test_a_tokenising_process_that_dies_is_replaced(encoder):
         chunks = [texts(40)[i : i + 4] for i in range(0, 40, 4)]
         made = pool.map(iter(chunks * 20))
         first = [next(made)]
-        for worker in pool.workers:
-            worker.process.kill()
+        pool.workers[0].process.kill()
         found = first + list(made)
     wanted = [encoder(chunk) for chunk in chunks] * 20
     assert all(np.array_equal(a, b) for x, y in zip(found, wanted, strict=True) for a, b in zip(x, y, strict=True))
 
 
 class Stuck:
-    """An encoder that hangs on one text: for ever, or until a file says that it was here before."""
+    """An encoder that hangs on one text: for ever, or once, when a file is there."""
 
     def __init__(self, encoder, marker):
         self.encoder, self.marker, self.eos = encoder, marker, encoder.eos
 
     def __call__(self, texts):
-        if any("HANG" in text for text in texts) and not (self.marker and os.path.exists(self.marker)):
+        if any("HANG" in text for text in texts) and (not self.marker or os.path.exists(self.marker)):
             if self.marker:
-                Path(self.marker).touch()
+                os.unlink(self.marker)
             time.sleep(600)
         return self.encoder(texts)
 
@@ -255,31 +256,72 @@ print(len(list(Path("/proc/self/task").iterdir())) - before)
 """
 
 
-def test_a_tokenising_process_that_hangs_is_replaced(encoder, tmp_path):
-    with Pool(Stuck(encoder, str(tmp_path / "once")), 1, stall_sec=2.5) as pool:
-        found = list(pool.map(iter([["a b"], ["HANG c"], ["d"]])))
-    assert [len(ids) for ids in found] == [1, 1, 1] and np.array_equal(found[1][0], encoder(["HANG c"])[0])
+def test_a_tokenising_process_that_hangs_is_replaced(encoder, tmp_path, monkeypatch):
+    """On a busy machine a process takes long to start: only the one that runs is hurried."""
+    replace, replaced = feeder._Worker._replace, []
+
+    def patient(worker):
+        replaced.append(worker)
+        worker.stall_sec = 60
+        replace(worker)
+
+    monkeypatch.setattr(feeder._Worker, "_replace", patient)
+    (tmp_path / "once").touch()
+    with Pool(Stuck(encoder, str(tmp_path / "once")), 1, stall_sec=60) as pool:
+        (first,) = pool.map(iter([["a b"]]))
+        pool.workers[0].stall_sec = 0.5
+        found = list(pool.map(iter([["HANG c"], ["d"]])))
+    assert len(replaced) == 1 and len(first) == 1
+    assert [len(ids) for ids in found] == [1, 1] and np.array_equal(found[0][0], encoder(["HANG c"])[0])
+
+
+class Slow:
+    """An encoder that takes its time and tells that it is alive."""
+
+    def __call__(self, texts):
+        for _ in range(8 if "SLOW" in texts[0] else 0):
+            time.sleep(0.3)
+            remote.beat()
+        return [np.arange(len(text)) for text in texts]
+
+
+def test_a_long_document_is_no_hang(monkeypatch):
+    monkeypatch.setattr(feeder._Worker, "_replace", lambda _: pytest.fail("replaced"))
+    with Pool(Slow(), 1, stall_sec=60) as pool:
+        list(pool.map(iter([["start"]])))
+        pool.workers[0].stall_sec = 1.8
+        assert [len(ids) for ids in next(pool.map(iter([["SLOW and long", "b"]])))] == [13, 1]
 
 
 def test_a_document_that_always_hangs_is_named(encoder, monkeypatch):
     monkeypatch.setattr(feeder, "RESTARTS", 1)
     with (
-        Pool(Stuck(encoder, ""), 1, stall_sec=1.5) as pool,
-        pytest.raises(UserError, match=r"1 document\(s\), the first of them 'HANG for ever'.*over 2 s, 2 times"),
+        Pool(Stuck(encoder, ""), 1, stall_sec=0.6) as pool,
+        pytest.raises(UserError, match=r"1 document\(s\), the first of them 'HANG for ever'.*over 1 s, 2 times"),
     ):
         list(pool.map(iter([["HANG for ever"]])))
 
 
 def test_a_feeding_process_that_hangs_is_replaced(feed, fed, encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(feeder, "STALL_SEC", 1.5)
-    pq.write_table(pa.table({"text": ["a b c", "HANG d e f"] * 20}), tmp_path / "a.parquet")
+    """Only after its first batch: on a busy machine a process takes long to start."""
+    pq.write_table(pa.table({"text": ["a b c", "HANG d e f"] * 100}), tmp_path / "a.parquet")
     manifest = sources.resolve([SourceConfig(path=str(tmp_path / "a.parquet"))])
-    plain = feed()
-    hanging = Feed(**{**plain.__dict__, "manifest": manifest, "encoder": Stuck(encoder, str(tmp_path / "once"))})
+    plain = Feed(**{**feed().__dict__, "manifest": manifest})
+    hanging = Feed(**{**plain.__dict__, "encoder": Stuck(encoder, str(tmp_path / "once"))})
     batches, notes = fed(hanging)
-    wanted = take(Feed(**{**plain.__dict__, "manifest": manifest}).batches(), 5)
-    assert same(take(batches, 5), wanted) and batches.restarts == 1
-    assert "gave no sign of life for 2 s; another one goes on" in notes[0]
+    found = take(batches, 1)
+    (tmp_path / "once").touch()
+    monkeypatch.setattr(feeder, "STALL_SEC", -0.4)  # and a second to say where it hangs
+    noted = batches.note
+
+    def patient(text):
+        monkeypatch.setattr(feeder, "STALL_SEC", 120.0)
+        noted(text)
+
+    batches.note = patient
+    found += take(batches, 60)
+    assert same(found, take(plain.batches(), 61)) and batches.restarts == 1
+    assert "gave no sign of life for -0 s; another one goes on" in notes[0]
 
 
 def test_a_process_that_dies_again_and_again_is_an_error(feed, fed, monkeypatch):
@@ -325,18 +367,19 @@ def test_the_last_batch_ends_it(feed, fed, manifest):
 
 
 @posix
-def test_everyone_ends_with_the_process_that_started_them(tmp_path):
+def test_everyone_ends_with_the_process_that_started_them(tmp_path, encoder):
     """SIGKILL of the trainer leaves no feeding and no tokenising process behind."""
     pq.write_table(pa.table({"text": texts(500)}), tmp_path / "a.parquet", row_group_size=50)
     program = textwrap.dedent("""
-        import sys, time
-        import sources, tokenizer
+        import pickle, sys, time
+        import sources
         from config import SourceConfig
         from feeder import Feeder
         from stream import Cursor, Feed
         if __name__ == "__main__":
             manifest = sources.resolve([SourceConfig(path=sys.argv[1])])
-            encoder = tokenizer.Encoder(tokenizer.train_bpe(["a b c"], 257))
+            with open(sys.argv[2], "rb") as file:
+                encoder = pickle.load(file)
             feed = Feed(manifest, encoder, 32, 1, 4, 1, Cursor(), 0, 3)
             batches = Feeder(feed, 2, lambda batch: batch, print)
             next(batches)
@@ -344,9 +387,10 @@ def test_everyone_ends_with_the_process_that_started_them(tmp_path):
             time.sleep(600)
     """)
     (tmp_path / "program.py").write_text(program)
+    (tmp_path / "encoder").write_bytes(pickle.dumps(encoder))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
     trainer = subprocess.Popen(
-        [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "a.parquet")],
+        [sys.executable, *(str(tmp_path / name) for name in ("program.py", "a.parquet", "encoder"))],
         stdout=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     with trainer:

@@ -139,6 +139,13 @@ def test_the_doctor_finds_leaks_bad_documents_and_repetition(tmp_path, capsys):
     assert re.search(r"warn about [\d,]+ tokens there, 25,600,000 asked for: [\d.]+ epochs", out)
 
 
+def test_the_doctor_warns_of_row_groups_that_fill_the_memory(corpus, capsys, monkeypatch):
+    """pandas writes a million documents to a group, and sixteen groups are held."""
+    monkeypatch.setattr(inspect_data, "HELD_BYTES", 1000)
+    code, out, _ = run(capsys, "doctor", corpus)
+    assert code == 0 and "warn two shuffle windows of 8 units take over 0.0 GiB of memory in every rank; lower" in out
+
+
 def test_near_duplicates_are_those_of_the_theory():
     """A pair of Jaccard J is caught with probability 1 - (1 - J^8)^14; what is far apart is not told at all."""
     draw = random.Random(0)
@@ -176,13 +183,23 @@ def test_shards_are_inspected_like_text(corpus, tmp_path, capsys):
         assert inspect_data.main([command, *given]) == 0
 
 
-def test_mistakes_are_one_line(corpus, capsys):
+def test_mistakes_are_one_line(corpus, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text("{broken\n" * 5)
+    once = f"data.sources=[{{path: {corpus}, epochs: 1}}]"
     for given, said in (
         (["trace", "--config", "quickstart"], "trace needs --step S"),
         (["trace", "--config", "quickstart", "--step", "0"], "'0' is not a number from 1 on"),
         (["look", "--config", "quickstart"], "invalid choice: 'look'"),
         (["stats", "--config", "quickstart", "data.sources=none.txt"], "no such file"),
+        (
+            ["stats", "--config", "quickstart", f"data.sources={tmp_path / 'bad.jsonl'}", "data.tokenizer=bytes"],
+            "no document can be read; 5 are unreadable",
+        ),
+        (["peek", "--config", "quickstart", once, *SETTINGS, "--step", "9999"], "last epoch ends before it"),
+        (["trace", "--config", "quickstart", once, *SETTINGS, "--step", "9999"], "last epoch ends before it"),
     ):
         assert inspect_data.main(given) == 2
-        told = capsys.readouterr().err
+        told = capsys.readouterr().err.removeprefix(
+            "making a tokenizer (bytes, at most 2048 tokens) from the sources\n"
+        )
         assert said in told and told.count("\n") == 1, told

@@ -11,7 +11,7 @@ from parallel import Mesh
 
 
 def test_what_bits_depend_on() -> None:
-    found = journal.environment(Mesh(0, 3, torch.device("cpu")))
+    found = journal.set_up(Mesh(0, 3, torch.device("cpu")))
     assert found == {"torch": torch.__version__, "device": "CPU", "world_size": 3}
 
 

@@ -441,6 +441,20 @@ def test_the_cache_fills_while_streaming_and_is_read_afterwards(tmp_path, texts,
     assert np.array_equal(rows_of(as_source, encoder)[0], plain[0])
 
 
+def test_filling_the_cache_shows_that_it_is_alive(tmp_path, texts, encoder, tok, monkeypatch):
+    """A unit may be a million documents, and nothing is taken from it before all of them are tokenised."""
+    told, calls = [], []
+    monkeypatch.setattr(stream.remote, "beat", lambda: told.append(1))
+    monkeypatch.setattr(stream, "CHUNK_DOCUMENTS", {"concat": 4, "best_fit": 4})
+    real = tokenizer.Encoder.__call__
+    monkeypatch.setattr(
+        tokenizer.Encoder, "__call__", lambda self, items: calls.append(len(items)) or real(self, items)
+    )
+    streamed = texts("a")
+    rows_of(streamed, encoder, 1, cache=Cache(tmp_path / "cache", streamed, tok, tokenizer.fingerprint(tok)))
+    assert max(calls) == 4 and len(told) >= 15  # three units of 20 documents, four at a time
+
+
 def test_a_resume_into_the_cache_is_exact(tmp_path, texts, encoder, tok):
     streamed = texts("a", "b")
     cache = Cache(tmp_path / "cache", streamed, tok, tokenizer.fingerprint(tok))

@@ -28,10 +28,23 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("options", "config", "text", "tracker", "signals"),  # standard library, pydantic, yaml
     ("remote", "environment", "ops", "triton_ops", "losses", "tokenizer", "foreign", "checkpoint"),  # receive values
-    ("model", "documents", "sources", "shards", "packing", "stream", "feeder", "data", "convert", "card", "hub", "pusher"),
+    (
+        "model",
+        "documents",
+        "sources",
+        "shards",
+        "packing",
+        "stream",
+        "feeder",
+        "data",
+        "convert",
+        "card",
+        "hub",
+        "pusher",
+    ),
     ("counts", "profiling", "parallel", "optim", "evals", "metrics", "resume", "dataset", "saver"),
     ("generate", "probe", "memory", "run"),
-    ("plan", "journal"),
+    ("plan", "journal", "mirror"),
     ("train",),
 )
 NEIGHBOURS = {  # rooms split off a module, and what is built from its neighbour
@@ -75,7 +88,8 @@ POSIX_ONLY = {"fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "posix
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "jsonpickle", "joblib", "marshal", "shelve"}
 PICKLING = {  # torch's distributed checkpoint keeps its metadata as a pickle
     "torch.save", "torch.load", "torch.package", "torch.serialization", "torch.distributed.checkpoint",
-    "pandas.read_pickle", "pd.read_pickle",
+    "torch.jit.load", "torch.jit.save", "torch.hub", "pandas.read_pickle", "pd.read_pickle", "yaml.unsafe_load",
+    "yaml.full_load", "yaml.Loader", "yaml.FullLoader", "yaml.UnsafeLoader",
 }  # fmt: skip
 WRITTEN_ONLY = {"YarnConfig.type"}  # what consumers of the checkpoint tell extensions apart by
 SCRIPT_ROOMS = {"duels", "bench_layers", "bench_data", "config_table"}  # what scripts share
@@ -249,6 +263,11 @@ def no_pickle(file: File) -> Iterator[str]:
             off = isinstance(node.value, ast.Constant) and node.value.value is False
             if not off:
                 yield f"{file.path}:{node.value.lineno}: {node.arg} other than False runs what a file brings"
+        if isinstance(node, ast.Call) and _dotted(node.func) in ("np.load", "numpy.load") and len(node.args) > 2:
+            yield f"{file.path}:{node.lineno}: allow_pickle without its name"
+        for key in node.keys if isinstance(node, ast.Dict) else ():
+            if isinstance(key, ast.Constant) and key.value in ("allow_pickle", "trust_remote_code"):
+                yield f"{file.path}:{key.lineno}: {key.value} in a mapping hides from this rule"
 
 
 def portable(file: File) -> Iterator[str]:
@@ -487,6 +506,10 @@ BAD: tuple[tuple[Rule, str, str], ...] = (
     (no_pickle, "checkpoint.py", "import torch.distributed.checkpoint as dcp"),
     (no_pickle, "scripts/export.py", "x = torch.load('x.pt', weights_only=True)"),
     (no_pickle, "data.py", "np.load('x.npy', allow_pickle=True)"),
+    (no_pickle, "data.py", "np.load('x.npy', None, True)"),
+    (no_pickle, "convert.py", "torch.jit.load('x')"),
+    (no_pickle, "options.py", "import yaml\nyaml.load(f, Loader=yaml.UnsafeLoader)"),
+    (no_pickle, "remote.py", "def f(**options):\n    return {'trust_remote_code': True}"),
     (no_pickle, "tokenizer.py", "AutoTokenizer.from_pretrained(name, trust_remote_code=trust)"),
     (portable, "parallel.py", "import resource"),
     (portable, "checkpoint.py", "if True:\n    from fcntl import flock"),

@@ -7,16 +7,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import inspect_data
 import prepare_data
 import pytest
-from test_train import ROOT, hashes, learned, metrics, newest, text, tiny  # noqa: F401  # fixtures
+from test_train import ROOT, TINY, hashes, learned, metrics, newest, text, tiny  # noqa: F401  # fixtures
 
 import checkpoint
+import config as configuration
 import sources
 import train
+from dataset import open_dataset
 from remote import Unreachable
 from resume import STATE_FILE
+from stream import Cursor
 
 PACKED = ("data.packing=best_fit", "data.document_mask=true")
 
@@ -28,6 +33,16 @@ def two_texts(text: Path, tmp_path: Path) -> str:  # noqa: F811
     for name, part in (("a", whole[:60_000]), ("b", whole[60_000:])):
         (tmp_path / f"{name}.txt").write_text(part, encoding="utf-8")
     return f"data.sources=[{{path: {tmp_path}/a.txt, weight: 0.7}}, {{path: {tmp_path}/b.txt, weight: 0.3}}]"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A run on the plain configuration, to compare with or to go on from a copy of."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "tiny.yaml").write_text(TINY, encoding="utf-8")
+    arguments = ["--config", str(folder / "tiny.yaml"), f"run.dir={folder / 'run'}", f"data.sources={text}"]
+    assert train.main(arguments) == 0
+    return folder / "run"
 
 
 def back_to(run: Path, step: int) -> None:
@@ -42,14 +57,15 @@ def back_to(run: Path, step: int) -> None:
 )
 def test_each_kind_of_rows_resumes_exactly(tiny, tmp_path: Path, two_texts: str, options) -> None:  # noqa: F811
     options = tuple(two_texts if option == "MIXED" else option for option in options)
-    assert tiny("run", *options) == 0
+    options = (*options, "train.steps=12", "checkpoint.every_steps=6", "eval.every_steps=6")
+    assert tiny("run", *options, "data.workers=0") == 0
     run = tmp_path / "run"
     wanted, tensors = learned(run), hashes(newest(run))
     assert wanted[-1][2] < wanted[0][2] - 0.3
     if "data.packing=best_fit" in options:
         last = metrics(run)[-1]
         assert last["packing_used"] > 0.9 and 0.5 < last["packing_cropped"] < 1  # documents of 8 KB in rows of 32
-    back_to(run, 10)
+    back_to(run, 6)
     assert tiny("run", *options) == 0
     assert learned(run) == wanted and hashes(newest(run)) == tensors
 
@@ -109,9 +125,8 @@ def test_weights_must_stay(tiny, tmp_path: Path, two_texts: str, capsys) -> None
 # ---- shards and cache
 
 
-def test_shards_and_text_may_take_each_other_s_place(tiny, tmp_path: Path, text: Path) -> None:  # noqa: F811
-    assert tiny("run") == 0
-    run = tmp_path / "run"
+def test_shards_and_text_may_take_each_other_s_place(tiny, tmp_path: Path, text: Path, undisturbed) -> None:  # noqa: F811
+    run = Path(shutil.copytree(undisturbed, tmp_path / "run"))
     wanted, tensors = learned(run), hashes(newest(run))
     out = tmp_path / "shards"
     arguments = ["--config", str(tmp_path / "tiny.yaml"), "--out", str(out), f"data.sources={text}"]
@@ -128,9 +143,9 @@ def test_shards_and_text_may_take_each_other_s_place(tiny, tmp_path: Path, text:
 
 
 def test_the_cache_changes_nothing(tiny, tmp_path: Path) -> None:  # noqa: F811
-    assert tiny("plain", "train.steps=5") == 0
+    assert tiny("plain", "train.steps=3") == 0
     for name in ("first", "second"):
-        assert tiny(name, f"data.cache={tmp_path / 'cache'}", "train.steps=5") == 0
+        assert tiny(name, f"data.cache={tmp_path / 'cache'}", "train.steps=3") == 0
         assert learned(tmp_path / name) == learned(tmp_path / "plain")
     (folder,) = (tmp_path / "cache").iterdir()
     assert (folder / "unit-00000000.safetensors").is_file()
@@ -151,12 +166,49 @@ def test_a_fallback_is_stored_and_never_left(tiny, tmp_path: Path, text: Path, m
 
     monkeypatch.setattr(sources, "resolve", resolve)
     options = ("data.sources=owner/set", f"data.fallback={text}")
-    assert tiny("run", *options, "train.steps=5") == 0
+    assert tiny("run", *options, "train.steps=2") == 0
     assert "could not be reached; training on data.fallback = " in capsys.readouterr().out
     assert json.loads((newest(tmp_path / "run") / STATE_FILE).read_text())["fallback"] is True
     reachable.append(True)
-    assert tiny("run", *options, "train.steps=8") == 0
-    assert metrics(tmp_path / "run")[-1]["step"] == 8
+    assert tiny("run", *options, "train.steps=3") == 0
+    assert metrics(tmp_path / "run")[-1]["step"] == 3
+
+
+def test_a_run_is_inspected_by_its_own_files(tiny, tmp_path: Path, text: Path, monkeypatch, capsys) -> None:  # noqa: F811
+    """One that trained on its fallback and was moved aside; its first sources, and its old place, are others' now."""
+    other = tmp_path / "other.txt"
+    other.write_text("something else\n\n" * 9000, encoding="utf-8")
+    real, reachable = sources.resolve, []
+
+    def resolve(listed, cache=None):
+        if listed[0].path != "owner/set":
+            return real(listed, cache)
+        if not reachable:
+            raise Unreachable("Hub dataset 'owner/set': the Hugging Face Hub could not be reached")
+        return real([listed[0].model_copy(update={"path": str(other)})], cache)
+
+    monkeypatch.setattr(sources, "resolve", resolve)
+    options = ("data.sources=owner/set", f"data.fallback={text}", "train.steps=3")
+    assert tiny("run", *options) == 0
+    moved = (tmp_path / "run").rename(tmp_path / "run.1")
+    reachable.append(True)
+    assert tiny("run", f"data.sources={text}", "train.steps=3", "train.seed=9") == 0
+    with (moved / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "cur')  # the end of a run that was killed
+    capsys.readouterr()
+    assert inspect_data.main(["trace", "--config", str(moved), "--step", "3"]) == 0
+    told = capsys.readouterr().out
+    assert told.count(" of step 3: 32 tokens") == 8 and told.count(f" of {text}, bytes ") >= 8 and "other" not in told
+    config = configuration.load(str(moved / "config.yaml"), [])
+    before = Cursor.from_dict(metrics_of(moved)[1]["cursor"])
+    batch = next(open_dataset(config, newest(moved), fallback=True).feed(config, before).batches())
+    ids = open_dataset(config, newest(moved), fallback=True).tokenizer.decode(batch.tokens[0][:16].tolist())
+    assert repr(" ".join(str(ids).split()))[1:20] in told.splitlines()[1]
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """But for a line that is not whole."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
 def test_a_supply_below_demand_is_told(tiny, tmp_path: Path, monkeypatch, capsys) -> None:  # noqa: F811
@@ -169,8 +221,7 @@ def test_a_supply_below_demand_is_told(tiny, tmp_path: Path, monkeypatch, capsys
     assert checkpoint.latest(tmp_path / "run" / "checkpoints") is not None
 
 
-def test_minutes_end_a_run_and_it_goes_on(tiny, tmp_path: Path, monkeypatch, capsys) -> None:  # noqa: F811
-    assert tiny("whole") == 0
+def test_minutes_end_a_run_and_it_goes_on(tiny, tmp_path: Path, monkeypatch, capsys, undisturbed) -> None:  # noqa: F811
     assert tiny("run", "train.max_minutes=1e-9") == train.EXIT_TIME
     assert metrics(tmp_path / "run") == [] and "are over: stopped after step 0 of 20" in capsys.readouterr().out
     real = train.train_step
@@ -184,4 +235,4 @@ def test_minutes_end_a_run_and_it_goes_on(tiny, tmp_path: Path, monkeypatch, cap
     assert tiny("run", "train.max_minutes=60") == train.EXIT_TIME
     assert newest(tmp_path / "run").name == "step_00000007"
     monkeypatch.undo()
-    assert tiny("run") == 0 and learned(tmp_path / "run") == learned(tmp_path / "whole")
+    assert tiny("run") == 0 and learned(tmp_path / "run") == learned(undisturbed)

@@ -83,4 +83,3 @@ def row(record_property: Callable[[str, object], None]) -> Callable[[str], Any]:
         assert not row.failures, f"{fault}: {len(row.failures)} of {row.tried} failed\n{shown}"
 
     return counting
-

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import signal
 import socket
@@ -25,21 +26,25 @@ POLL_SEC = 0.002
 class Job:
     """The forked processes of one run."""
 
-    def __init__(self, pids: list[int], timeout: float):
-        self.pids, self.codes = pids, dict.fromkeys(pids)
+    def __init__(self, pids: list[int], timeout: float, linger: float | None):
+        self.pids, self.codes, self.linger = pids, dict.fromkeys(pids), linger
         self.started = time.monotonic()
         self.deadline, self.timed_out = self.started + timeout, False
         self.ended: dict[int, float] = {}
 
     def wait(self) -> dict[str, Any]:
-        """Exit codes by rank, negative for signals; past the deadline all are killed."""
+        """Exit codes by rank, negative for signals; past the deadline all are killed. With `linger` that is so many
+        seconds after the first has ended by itself."""
         while any(code is None for code in self.codes.values()):
             for pid, code in self.codes.items():
                 if code is None and (found := os.waitpid(pid, os.WNOHANG))[0]:
                     self.codes[pid] = os.waitstatus_to_exitcode(found[1])
                     self.ended[pid] = time.monotonic() - self.started
-            if time.monotonic() > self.deadline and not self.timed_out:
-                self.timed_out = True
+                    if self.linger is not None and self.codes[pid] != -signal.SIGKILL:
+                        self.deadline = min(self.deadline, time.monotonic() + self.linger)
+            if time.monotonic() > self.deadline:
+                self.timed_out = self.linger is None or not self.ended
+                self.deadline = math.inf
                 os.killpg(self.pids[0], signal.SIGKILL)
             time.sleep(POLL_SEC)
         with contextlib.suppress(ProcessLookupError):  # data processes that outlive a killed run for a moment
@@ -60,7 +65,7 @@ def fork(job: dict[str, Any]) -> Job:
             _child(job, rank, port, pids[0] if pids else 0)
         pids.append(pid)
         os.setpgid(pid, pids[0])  # both do it, whoever is first
-    return Job(pids, job["timeout"])
+    return Job(pids, job["timeout"], job["linger"])
 
 
 def _child(job: dict[str, Any], rank: int, port: int, group: int) -> None:
@@ -74,7 +79,6 @@ def _child(job: dict[str, Any], rank: int, port: int, group: int) -> None:
             os.close(target)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(job["cwd"])
-        os.environ.update(job["env"])
         if job["ranks"] > 1:
             os.environ.update(
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]), MASTER_ADDR="127.0.0.1",
@@ -112,9 +116,10 @@ def import_all() -> None:
         with contextlib.suppress(ImportError):  # triton_ops, without Triton
             importlib.import_module(path.stem)
     import dotenv  # noqa: F401
-    import parallel
-    import torch._dynamo
+    import torch._dynamo  # noqa: F401
     from transformers import PreTrainedTokenizerFast  # noqa: F401
+
+    import parallel
 
     parallel.product_flops = lambda *_: 1e12  # measured for a fifth of a second, for nothing but MFU
     threads = len(os.listdir("/proc/self/task"))

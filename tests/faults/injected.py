@@ -1,4 +1,4 @@
-"""Faults, each applied in a forked child before `train.main` runs. Only what surrounds our code is replaced, or wrapped."""
+"""Faults, each applied in a forked child before `train.main` runs. What is ours is wrapped, not replaced."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import functools
 import json
 import os
 import signal
-import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +62,7 @@ def kill_at(root: str, boundary: int, since: str = "", torn: bool = False, only_
 
 
 def disk(root: str, code: str, paths: str = "", first: int = 0, count: int = 10**9) -> None:
-    """Operations that need room fail with this errno, where the path matches: from the `first` such on, `count` times."""
+    """Operations that need room fail with this errno, where the path matches, from the `first` on, `count` times."""
     import re
 
     wanted, seen, number_of = re.compile(paths), [0], getattr(errno, code)
@@ -106,12 +104,13 @@ def signal_in(
             os.killpg(0, number) if to == "group" else os.kill(os.getpid(), number)
             time.sleep(0.01)
 
+    import torch
+
     import evals
     import generate
     import metrics
     import model
     import optim
-    import torch
     import train
 
     def around_step(real: Any, run: Any, done: int, *rest: Any, **options: Any) -> Any:
@@ -222,6 +221,7 @@ def poison(where: str, first: int, count: int, value: str = "nan", only_rank: in
 def watch_skips(path: str) -> None:
     """Write down, for every skipped step, whether all state stayed bit for bit as it was."""
     import torch
+
     import train
 
     def around(real: Any, run: Any, step: int, *rest: Any, **options: Any) -> Any:
@@ -246,8 +246,9 @@ def fp16() -> None:
 
 def out_of_memory(step: int, times: int, only_rank: int = -1) -> None:
     """The forward pass of a step raises torch.OutOfMemoryError, `times` times."""
-    import model
     import torch
+
+    import model
     import train
 
     state = {"step": -1, "left": times}
@@ -340,3 +341,64 @@ def little_room(num_bytes: int) -> None:
 
     real = shutil.disk_usage
     shutil.disk_usage = lambda path: real(path)._replace(free=num_bytes)
+
+
+def nudge_optimizer() -> None:
+    """A resume that loses the last bit of one momentum."""
+    import torch
+
+    import optim
+
+    def around(real: Any, optimizers: Any, state: Any) -> Any:
+        state = dict(state)
+        name = next(key for key in sorted(state) if key.endswith("momentum"))
+        tensor = state[name].clone()
+        tensor.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+        return real(optimizers, state | {name: tensor})
+
+    wrap(optim.Optimizers, "load", around)
+
+
+def unguarded() -> None:
+    """An update that takes the gradients times 0 where they are not finite, as some trainers do."""
+    import optim
+    import train
+
+    def around(real: Any, run: Any, *rest: Any, **options: Any) -> Any:
+        result = real(run, *rest, **options)
+        if result is not None and result["skipped"]:
+            for parameter in run.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(0)
+            optim.Optimizers.step(run.optimizers, 1e-3)
+        return result
+
+    wrap(train, "train_step", around)
+
+
+def die_in_call(call: int) -> None:
+    """SIGKILL as the training step is called for this time, however often the run went back."""
+    import train
+
+    calls = [0]
+
+    def around(real: Any, *arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            time.sleep(0.5)  # what is being saved gets saved
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+
+    wrap(train, "train_step", around)
+
+
+def break_saving(step: int) -> None:
+    """The writer of a step's checkpoint has a bug."""
+    import checkpoint
+
+    def around(real: Any, root: Any, number: int, *rest: Any, **options: Any) -> Any:
+        if number == step:
+            raise RuntimeError("injected: the writer fails")
+        return real(root, number, *rest, **options)
+
+    wrap(checkpoint, "save", around)

@@ -1,8 +1,9 @@
 """Power loss: from the log of what a program did to its files, every state a disk may be left in.
 
-The model is what POSIX promises and no more. A file's data are on the disk once the file is synced, up to what had been
-flushed; before, none, half or all of it may be. A name (created, renamed, deleted) is there, or gone, once its directory
-is synced; before, any of the pending changes may have happened without the others. A rename happens as a whole.
+The model is what POSIX promises and no more. A file's data are on the disk once the file is synced, up to what had
+been flushed; before, none, half or all of it may be. A name (created, renamed, deleted) is there, or gone, once its
+directory is synced; before, any of the pending changes may have happened without the others. A rename happens as a
+whole.
 """
 
 from __future__ import annotations
@@ -59,9 +60,7 @@ class Disk:
         elif kind == "syncdir":
             number = self._find(path)
             self.nodes[number].durable_names = dict(self.nodes[number].names)
-            self.pending = [
-                rest for change in self.pending if (rest := [part for part in change if part[0] != number])
-            ]
+            self.pending = [rest for change in self.pending if (rest := [part for part in change if part[0] != number])]
         elif kind == "rename":
             (source, name), (target, new) = self._place(path), self._place(other)
             moved = self.nodes[source].names.pop(name)
@@ -179,9 +178,9 @@ def save_some(root: str, keep: int, steps: int) -> None:
 # ---- checking
 
 
-def check(log: str, checkpoints: str, folder: str, report: str, prepared: list[str]) -> None:
+def check(log: str, checkpoints: str, folder: str, report: str, prepared: list[str], most: int = 10**9) -> None:
     """Make every state, and let `checkpoint.latest` find a verified step in it: not older than the last save that had
-    returned. `prepared`: folders that were there, and durable, before the log begins."""
+    returned. `prepared`: folders that were there, and durable, before the log begins. `most`: failures to be found."""
     import checkpoint
 
     os.fsync = lambda descriptor: None
@@ -201,6 +200,8 @@ def check(log: str, checkpoints: str, folder: str, report: str, prepared: list[s
             paths = [*line["paths"], ""]
             disk.apply(line["kind"], paths[0], paths[1], base64.b64decode(line["data"]))
         found["points"] += 1
+        if len(found["failures"]) >= most:
+            break
         for tree in disk.states() if saved else ():
             key = hashlib.sha256(repr((saved, sorted(tree.items(), key=lambda item: item[0]))).encode()).digest()
             if key in seen:
@@ -211,7 +212,9 @@ def check(log: str, checkpoints: str, folder: str, report: str, prepared: list[s
             newest = checkpoint.latest(place / checkpoints)
             step = int(newest.name[5:13]) if newest is not None else -1
             if step < saved:
-                found["failures"].append(f"after {number} {line['kind']} {line.get('paths')}: {newest} is left of {saved}")
+                found["failures"].append(
+                    f"after {number} {line['kind']} {line.get('paths')}: {newest} is left of {saved}"
+                )
             elif step in manifests and newest is not None:
                 content = (newest / "manifest.json").read_bytes()
                 if hashlib.sha256(content).hexdigest() != manifests[step]:

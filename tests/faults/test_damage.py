@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import checkpoint
 import pytest
 from lab import Lab, checkpoints, lines, newest, same_end
+
+import checkpoint
 
 UNSAVED = 5  # the exit code of a run whose last checkpoint could not be written
 Damage = tuple[str, Callable[[Path], None]]
@@ -216,7 +217,7 @@ def test_a_folder_that_cannot_be_written(lab: Lab, row: Callable[[str], Any]) ->
     (lab["sealed"] / "checkpoints").mkdir(parents=True)
     cases: dict[str, tuple[Path, list[Any]]] = {
         "read-only": (lab["sealed"], [("disk", {"root": str(lab["sealed"]), "code": "EROFS"})]),
-        "read-only parent": (lab["sealed-2"], [("disk", {"root": str(lab.folder), "code": "EROFS", "paths": "sealed-2|preflight"})]),
+        "read-only parent": (lab["open"], [("disk", {"root": str(lab.folder), "code": "EROFS", "paths": "open|pref"})]),
         "a file": (lab.folder / "a-file", []),
         "below a file": (lab.folder / "a-file" / "run", []),
         "full": (lab["no-room"], [("little_room", {"num_bytes": 1000})]),
@@ -227,9 +228,13 @@ def test_a_folder_that_cannot_be_written(lab: Lab, row: Callable[[str], Any]) ->
             result = lab.run("f8", f"run.dir={folder}", faults=[*faults, ("note_building", {"path": str(built)})])
             case.check("" if result.code == 2 else result, name)
             error = result.err()
-            case.check("" if error.startswith("error: ") and error.count("\n") == 1 and "run.dir" in error else error, name)
+            case.check(
+                "" if error.startswith("error: ") and error.count("\n") == 1 and "run.dir" in error else error, name
+            )
             case.check("a model was built" if built.exists() else "", name)
             case.check("" if result.seconds[0] < 5 else f"{result.seconds[0]:.1f} s", name)
-            case.figures["slowest refusal, s"] = round(max(result.seconds[0], case.figures.get("slowest refusal, s", 0)), 2)
+            case.figures["slowest refusal, s"] = round(
+                max(result.seconds[0], case.figures.get("slowest refusal, s", 0)), 2
+            )
         made = lab.run("far", f"run.dir={lab.folder / 'not' / 'there' / 'yet'}", "train.steps=2")
         case.check("" if made.code == 0 and newest(lab.folder / "not" / "there" / "yet") else made, "missing parent")

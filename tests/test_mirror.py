@@ -1,0 +1,117 @@
+"""A run and its copy on the Hub: whole runs against a stand-in, with the real client."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_model_hub import TOKEN, FakeModelHub, Fault
+from huggingface_hub import constants
+from test_train import hashes, learned, metrics, newest, stop_after, text, tiny  # noqa: F401
+
+import checkpoint
+import environment
+import generate
+import mirror
+import train
+
+REPO = "hub.repo_id=someone/model"
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub to its client
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeModelHub]:
+    """Where huggingface_hub finds the Hub in this test."""
+    with FakeModelHub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")[2]
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}" + template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(mirror, "FLUSH_SEC", 30.0)
+        yield hub
+
+
+def test_an_empty_machine_goes_on_from_the_hub(
+    tiny,  # noqa: F811
+    hub: FakeModelHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Stopped, its disk lost, started again by the same command: the bits of a run that was never stopped."""
+    assert tiny("whole", "train.steps=12") == 0
+    stop_after(tiny, "run", 5, "train.steps=12", REPO)
+    repo = hub.repos["someone/model"]
+    assert repo.private and {"config.json", "manifest.json", "LATEST.json", "README.md"} <= repo.head.files.keys()
+    shutil.rmtree(tmp_path / "run")
+    assert tiny("run", "train.steps=12", REPO) == 0
+    told = capsys.readouterr()
+    assert "hub: fetching step 5 of someone/model" in told.out and "after step 5" in told.out
+    assert learned(tmp_path / "run") == [line for line in learned(tmp_path / "whole") if line[0] > 5]
+    ours, theirs = newest(tmp_path / "run"), newest(tmp_path / "whole")
+    assert hashes(ours) == hashes(theirs)
+    for name, content in repo.head.files.items():
+        if (ours / name).exists():
+            assert (ours / name).read_bytes() == content, name
+    assert "hub_lag_steps" in metrics(tmp_path / "run")[-1]
+    assert TOKEN not in told.out + told.err
+    assert not any(TOKEN.encode() in file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file())
+    # What is on the Hub is a model for others, too; what a run left there is not another run's.
+    monkeypatch.chdir(tmp_path)
+    assert generate.main(["--checkpoint", "someone/model", "--prompt", "Emma", "--max-new-tokens", "2"]) == 0
+    assert tiny("other", "train.steps=12", "train.seed=7", REPO) == 2
+    assert "train.seed" in capsys.readouterr().err
+    assert tiny("whole", "train.steps=14", REPO) == 2
+    assert "holds another run than" in capsys.readouterr().err
+    assert tiny("run", "train.steps=12", REPO) == 0  # finished
+
+
+def test_a_hub_out_of_reach(
+    tiny,  # noqa: F811
+    hub: FakeModelHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With nothing here, a run could be there; with a checkpoint here it goes on, and says what is missing."""
+    monkeypatch.setattr(mirror, "FLUSH_SEC", 0.5)
+    stop_after(tiny, "run", 2, "train.steps=3")
+    hub.faults.append(Fault("", "503", 10**6))
+    monkeypatch.setenv("HF_REPO_ID", "someone/model")
+    assert tiny("nothing") == 2
+    error = capsys.readouterr().err
+    assert "to start afresh: --resume never" in error and error.count("\n") == 1
+    assert not (tmp_path / "nothing").exists()
+    assert tiny("run", "train.steps=3") == train.EXIT_UNPUSHED
+    told = capsys.readouterr().out
+    assert "going on from" in told and "the newest checkpoint is not on the Hub" in told
+    assert newest(tmp_path / "run").name == "step_00000003"
+
+
+def test_of_two_checkpoints_the_newer_one_wins(tiny, hub: FakeModelHub, tmp_path: Path) -> None:  # noqa: F811
+    stop_after(tiny, "run", 2, "train.steps=4", REPO)
+    shutil.copytree(tmp_path / "run", tmp_path / "old")
+    stop_after(tiny, "run", 3, "train.steps=4", REPO)
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "old").rename(tmp_path / "run")
+    seen = []
+    real = checkpoint.verify
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "verify", lambda path: seen.append(path.name) or real(path))
+        assert tiny("run", "train.steps=4", REPO) == 0
+    assert "step_00000003" in seen
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 4]  # the metrics of 3 went with the disk
+    assert json.loads((tmp_path / "run" / "hub.json").read_text())["run"]
+
+
+def test_without_a_repository_nothing_is_asked(hub: FakeModelHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_REPO_ID", raising=False)
+    assert environment.hub_repository() is None
+    copy = mirror.Mirror(None, train.Config())
+    copy.fetch("auto", print, lambda: None)
+    assert copy.metrics() == {} and copy.finish(hurried=True) and hub.log == []
