@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import checkpoint
+import foreign
 import remote
 from checkpoint import FILE_NAME, MANIFEST, CheckpointError
 from config import HubConfig, UserError
@@ -39,7 +40,7 @@ ASK_SEC = 10.0  # the same for a question, and for a connection
 PULL_RETRY_SEC = 600.0  # how long a read is tried again before the run stops
 MOST_FILES = 20_000  # of a repository: more is not looked at
 MOST_COMMITS = 100  # that are looked through for an intact checkpoint
-MOST_SMALL_BYTES = 16 * 2**20  # of a manifest or LATEST.json
+MOST_LATEST_BYTES = 4096
 SQUASHED = 3  # pulls begun anew because the history was squashed under their hands
 
 PLACE = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
@@ -101,10 +102,10 @@ def connect(repo_id: str) -> HfApi:
 
 def told(error: BaseException) -> str:
     """A failure on one line, short, without secrets."""
-    line = remote.one_line(error)
-    if error.__cause__ is not None and not isinstance(error, UserError):
-        line = f"{line[:150]} ({remote.one_line(error.__cause__)})"
-    return clean(line)[:300]
+    line = clean(remote.one_line(error))  # before it is cut: half a token is not known for one
+    if error.__cause__ is not None and not isinstance(error, UserError) and not hasattr(error, "response"):
+        line = f"{line[:150]} ({clean(remote.one_line(error.__cause__))})"
+    return line[:300]
 
 
 def refused(error: BaseException, api: HfApi) -> int:
@@ -137,8 +138,8 @@ def explained(error: BaseException, repo_id: str, api: HfApi) -> UserError:
     return remote.Unreachable(f"{where}: the Hugging Face Hub could not be reached ({told(error)})")
 
 
-def read(api: HfApi, repo_id: str, commit: str, name: str) -> bytes | None:
-    """A small file at a commit; None where there is none."""
+def read(api: HfApi, repo_id: str, commit: str, name: str, most: int = foreign.MAX_JSON_BYTES) -> bytes | None:
+    """A small file at a commit, CheckpointError where it has more than `most` bytes; None where there is none."""
     from huggingface_hub import get_session, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
@@ -156,13 +157,13 @@ def read(api: HfApi, repo_id: str, commit: str, name: str) -> bytes | None:
         content = bytearray()
         for chunk in response.iter_bytes():
             content += chunk
-            if len(content) > MOST_SMALL_BYTES:
-                raise CheckpointError(f"{repo_id}/{name}: larger than {MOST_SMALL_BYTES} bytes")
+            if len(content) > most:
+                raise CheckpointError(f"{repo_id}/{name}: larger than {most} bytes")
     return bytes(content)
 
 
 def latest_at(api: HfApi, repo_id: str, commit: str) -> Latest | None:
-    content = read(api, repo_id, commit, LATEST)
+    content = read(api, repo_id, commit, LATEST, MOST_LATEST_BYTES)
     if content is None:
         return None
     try:
@@ -176,7 +177,7 @@ def latest_at(api: HfApi, repo_id: str, commit: str) -> Latest | None:
     return Latest(step, run[:200], digest, commit, writer[:64])
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def failures() -> tuple[type[Exception], ...]:
     """What the client raises when the Hub, the network or the disk fails."""
     from huggingface_hub import errors
 
@@ -184,18 +185,21 @@ def _failures() -> tuple[type[Exception], ...]:
     return OSError, client_error, json.JSONDecodeError
 
 
-def _patiently(ask: Callable[[], _T], api: HfApi, repo_id: str) -> _T:
-    """Call until it succeeds, while the failure may pass and PULL_RETRY_SEC last."""
+def _patiently(ask: Callable[[], _T], api: HfApi, repo_id: str, note: Callable[[str], None] | None = None) -> _T:
+    """Call until it succeeds, while the failure may pass and PULL_RETRY_SEC last; `note` is told of the first one."""
     started, wait = time.monotonic(), 1.0
     while True:
         try:
             return ask()
-        except _failures() as error:
+        except failures() as error:
             if isinstance(error, OSError) and error.errno in NO_ROOM:
                 raise UserError(f"{error.filename}: {error.strerror}") from None
             pause = max(wait * random.uniform(0.5, 1.0), remote._asked_wait(remote._response(error)))
             if refused(error, api) or time.monotonic() - started + pause > PULL_RETRY_SEC:
                 raise explained(error, repo_id, api) from None
+            if note is not None:
+                note(f"hub: {told(error)}; trying again for {PULL_RETRY_SEC / 60:.0f} minutes")
+                note = None
         remote._sleep(pause)
         wait = min(2 * wait, 60.0)
 
@@ -212,7 +216,7 @@ def newest(repo_id: str, revision: str | None = None) -> Latest | None:
     commit = _commit(api, repo_id, revision)
     try:
         return latest_at(api, repo_id, commit) if commit else None
-    except (Gone, *_failures()) as error:
+    except (Gone, *failures()) as error:
         raise explained(error, repo_id, api) from None
 
 
@@ -223,7 +227,7 @@ def _commit(api: HfApi, repo_id: str, revision: str | None) -> str | None:
         return api.repo_info(repo_id, revision=revision, timeout=ASK_SEC).sha
     except errors.RevisionNotFoundError:
         raise UserError(f"hub.repo_id = {repo_id!r}: the Hub has no revision {shown(revision)}") from None
-    except _failures() as error:
+    except failures() as error:
         if isinstance(error, errors.RepositoryNotFoundError) and refused(error, api) == 404:
             return None
         raise explained(error, repo_id, api) from None
@@ -303,7 +307,7 @@ def _fetch(api: HfApi, repo_id: str, root: Path, latest: Latest, note: Callable[
     note(f"hub: step {latest.step} from {where}, {need / 2**30:.2f} GiB")
     temporary.mkdir(exist_ok=True)
     for name in sizes:
-        _patiently(lambda name=name: _download(api, repo_id, latest.commit, name, temporary), api, repo_id)
+        _patiently(lambda name=name: _download(api, repo_id, latest.commit, name, temporary), api, repo_id, note)
     (temporary / MANIFEST).write_bytes(manifest)
     shutil.rmtree(temporary / ".cache", ignore_errors=True)
     try:
@@ -334,12 +338,12 @@ def _download(api: HfApi, repo_id: str, commit: str, name: str, folder: Path) ->
 
 def _sizes(manifest: bytes, where: str) -> dict[str, tuple[int, str]]:
     """Size and SHA-256 of the files that a manifest names, each the plain name of a file."""
+    files = foreign._json_object(Path(where, MANIFEST), manifest).get("files")
+    if not isinstance(files, dict) or len(files) > MOST_FILES:
+        raise CheckpointError(f"{where}: {MANIFEST} names no files, or more than {MOST_FILES}")
     try:
-        files = json.loads(manifest)["files"]
-        if len(files) > MOST_FILES:
-            raise CheckpointError(f"{where}: {MANIFEST} names {len(files)} files")
         sizes = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (TypeError, KeyError):
         raise CheckpointError(f"{where}: {MANIFEST} is damaged") from None
     for name, (size, digest) in sizes.items():
         if not FILE_NAME.fullmatch(name) or name == MANIFEST or type(size) is not int or size < 0:

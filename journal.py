@@ -22,6 +22,7 @@ from resume import TrainState
 from run import Run
 from signals import Stopped
 from stream import Batch
+from text import clean
 from tracker import duration
 
 if TYPE_CHECKING:
@@ -158,7 +159,8 @@ def say_done(config: Config) -> None:
 
 
 def say_finished(config: Config, step: int, start: Path | None) -> int:
-    print(f"{config.run.name} is finished: {start} is step {step}, and no more are asked for; nothing was changed")
+    place = clean(str(start))
+    print(f"{config.run.name} is finished: {place} is step {step}, and no more are asked for; nothing was changed")
     _say_next(config)
     return 0
 

@@ -35,6 +35,7 @@ from text import clean
 LONGEST_WAIT_SEC = 300.0  # between tries
 REFUSED_WAIT_SEC = 3600.0  # the same after an answer that no waiting mends, such as a token that may not write
 HURRIED_WAIT_SEC = 5.0  # the same while `flush` waits
+ASK_STOPPED_SEC = 0.5
 CLOSE_SEC = 5.0
 
 PRIVATE = re.compile(r"step_\d{8}\.hub-[0-9a-f]{8}")  # a folder of hard links, held while it is pushed
@@ -72,6 +73,7 @@ class Pusher:
         self.pushed_step: int | None = None
         self._known = {self.writer}  # writers whose state ours may replace
         self._adopted = self._closed = self._woken = self._hurry = self._gave_up = self._history_told = False
+        self._refused = False  # at the last failure
         self._stopped = self._failing = self._card_failed = ""
         self._offers: list[tuple[Path, float]] = []  # not on the Hub yet, and when they were offered
         self._item: Path | None = None  # the private folder that is pushed
@@ -87,7 +89,7 @@ class Pusher:
             )
         try:
             self._head()
-        except Exception as error:  # noqa: BLE001  # whatever the client raises
+        except (UserError, hub.Gone, *hub.failures()) as error:
             problem = hub.explained(error, repo_id, self.api)
             if not isinstance(problem, remote.Unreachable):
                 raise problem from None
@@ -117,12 +119,19 @@ class Pusher:
                 "hub_error": self._stopped or self._failing or None,
             }
 
-    def flush(self, timeout_sec: float) -> bool:
-        """Push what is waiting now, for at most so long; whether the newest checkpoint offered is on the Hub."""
+    def flush(self, timeout_sec: float, stopped: Callable[[], bool] = lambda: False) -> bool:
+        """Push what is waiting now; whether the newest checkpoint offered is on the Hub.
+
+        Waits for at most so long, and not once `stopped` (a signal came) or where no waiting mends it.
+        """
+        end = time.monotonic() + timeout_sec
         with self._changed:
             self._hurry, self._gave_up, self._not_before = True, False, self._asked_until
             self._wake()
-            self._changed.wait_for(lambda: not self._offers or self._stopped or self._gave_up, timeout_sec)
+            while self._offers and not (self._stopped or self._gave_up or stopped()):
+                if (left := end - time.monotonic()) <= 0:
+                    break
+                self._changed.wait(min(left, ASK_STOPPED_SEC))
             self._hurry = False
             return not self._offers
 
@@ -144,7 +153,10 @@ class Pusher:
 
     def _work(self) -> None:
         while not self._closed:
-            delay = self._turn()
+            try:
+                delay = self._turn()
+            except Exception as error:  # noqa: BLE001  # nobody hears a thread die; what it says is in the metrics
+                self._failing, delay = told(error), LONGEST_WAIT_SEC
             with self._changed:
                 self._changed.wait_for(lambda: self._woken, delay)
                 self._woken = False
@@ -183,13 +195,13 @@ class Pusher:
         if self._item is not None and self._item.name[:13] == path.name:
             return
         self._drop()
-        for left in path.parent.iterdir():  # of processes that were killed
-            if PRIVATE.fullmatch(left.name):
-                shutil.rmtree(left, ignore_errors=True)
         folder = path.with_name(f"{path.name}.hub-{secrets.token_hex(4)}")
-        folder.mkdir()
-        self._item = folder
         try:
+            for left in path.parent.iterdir():  # of processes that were killed
+                if PRIVATE.fullmatch(left.name):
+                    shutil.rmtree(left, ignore_errors=True)
+            folder.mkdir()
+            self._item = folder
             for name in sorted(entry.name for entry in path.iterdir()):
                 try:
                     os.link(path / name, folder / name)
@@ -219,13 +231,19 @@ class Pusher:
             self._commit(head)
         except Exception as error:
             try:
-                came_through = self._is_item(self._head()[1])
+                now, latest = self._head()
             except Foreign:
                 raise
             except Exception:  # noqa: BLE001  # the next try asks again
                 raise error from None
-            if not came_through:
-                raise
+            if self._is_item(latest):
+                return
+            if now == head and getattr(remote._response(error), "status_code", 0) == 412:  # datasets #7777
+                raise UserError(
+                    f"hub.repo_id = {self.repo_id!r}: the Hub says that somebody else has pushed (412), and nobody "
+                    "has; the token has to be one that may write, not only open pull requests"
+                ) from None
+            raise
         else:
             if not self._is_item(self._head()[1]):
                 raise remote.Unreachable("the Hub took the commit and does not show it")
@@ -262,7 +280,10 @@ class Pusher:
         assert self._item is not None
         if self.card is None or self._card_failed:
             return {}
-        there = hub.read(self.api, self.repo_id, head, "README.md") if head else None
+        try:
+            there = hub.read(self.api, self.repo_id, head, "README.md") if head else None
+        except CheckpointError:  # too large to be ours
+            return {}
         if there is not None and card.MARK.encode() not in there:
             return {}
         try:
@@ -377,10 +398,10 @@ class Pusher:
         asked = remote._asked_wait(remote._response(error))
         wait = min(2.0**self._tries, LONGEST_WAIT_SEC) * random.uniform(0.5, 1.0)
         problem = told(hub.explained(error, self.repo_id, self.api)) if remote._response(error) else told(error)
-        news = not self._failing
+        news = self._tries == 0 or (refused and not self._refused)
         with self._changed:
             self._tries = min(self._tries + 1, 16)
-            self._failing = problem
+            self._failing, self._refused = problem, bool(refused)
             now = self.clock()
             if refused:
                 wait = REFUSED_WAIT_SEC

@@ -8,7 +8,7 @@ import math
 import os
 import random
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ import convert
 import tokenizer as tokenizers
 from config import Config, UserError
 from model import DeepSeekV3
+from stream import Cursor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -93,10 +94,31 @@ class TrainState:
                 f"with the version that wrote it, or start from its weights: train.init_from={path}"
             )
         try:
-            return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+            state = TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+            state._check_nested()
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(f"{path / STATE_FILE}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{path / STATE_FILE}: not as this program writes it ({error!r})") from None
+        return state
+
+    def _check_nested(self) -> None:
+        """Raise something unless what is nested has the form that its readers take for granted."""
+        data = self.config["data"]
+        _flat(self.config)
+        Path(data["tokenizer"])
+        for source in (*data["sources"], *data.get("fallback", ())):
+            Path(source["path"])
+        cursor = Cursor.from_dict(self.cursor)
+        numbers = [cursor.row, *(number for place in cursor.places for number in astuple(place))]
+        numbers += [self.step, self.tokens, self.skipped_steps, self.bad_in_a_row, self.rollbacks]
+        if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+            raise ValueError("a count out of range")
+        if any(type(value) not in (bool, int, float) for value in self.loss_scale.values()):
+            raise ValueError("loss_scale")
+        if self.loss_scale.keys() - {"dynamic", "value", "good_steps", "growth_interval"}:
+            raise ValueError("loss_scale")
 
 
 def learned(config: Config) -> dict[str, Any]:

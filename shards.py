@@ -384,8 +384,9 @@ class Cache:
     def put(self, number: int, unit: Unit, documents: Documents, ids: Sequence[np.ndarray | None]) -> Documents:
         """Keep them, if there is room; from several processes at once they are the same bytes."""
         packed = pack(documents, ids)
-        described = {"corpus": self.corpus, "tokenizer": self.fingerprint, "vocab_size": self.vocab_size}
-        data = to_bytes(number, unit, packed, **described)
+        data = to_bytes(
+            number, unit, packed, corpus=self.corpus, tokenizer=self.fingerprint, vocab_size=self.vocab_size
+        )
         try:
             if shutil.disk_usage(self.folder).free < SPARE_BYTES + len(data):
                 raise OSError(errno.ENOSPC, f"less than {SPARE_BYTES >> 30} GiB of space left", str(self.folder))

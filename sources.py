@@ -26,7 +26,7 @@ from typing import IO, Any
 
 import remote
 import shards
-from config import SourceConfig, UserError
+from config import NAMED_SOURCES, SourceConfig, UserError
 from documents import Manifest, Stream, Unit, byte_ranges, record_batches, row_groups
 
 ROOT = Path(__file__).resolve().parent
@@ -122,6 +122,7 @@ def _local_files(path: str) -> list[Path] | None:
     near = _near_path(path)
     if near is None and _HUB_NAME.fullmatch(path) and not path.endswith(SUFFIXES + COMPRESSIONS):
         return None
+    near = near or next(iter(difflib.get_close_matches(path, NAMED_SOURCES, n=1)), None)
     hint = f"; did you mean {near!r}?" if near else "; a Hub dataset is named owner/name"
     raise UserError(f"data.sources: {path!r}: no such file, folder or glob match{hint}")
 

@@ -178,7 +178,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
     from stream import Cursor
     from tracker import Tracker
 
-    run_dir, stop, started, late = Path(config.run.dir), StopFlag(), time.monotonic(), False
+    run_dir, stop, started = Path(config.run.dir), StopFlag(), time.monotonic()
     with parallel.processes(allow_cpu=allow_cpu) as mesh, contextlib.ExitStack() as cleanup:
         precision = parallel.pick_precision(config.train.precision, mesh.device)
         parallel.set_arithmetic(precision, mesh.device, deterministic=config.train.deterministic)
@@ -245,7 +245,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         loader = Loader(feed, config.data.workers, pin_memory=mesh.device.type == "cuda", note=tracker.note)
         cleanup.callback(loader.close)
         resume.restore_rng(config.train.seed, start, mesh.device, mesh.rank)
-        saved, owed, clock = state.step, False, Clock()
+        saved, clock, late, hopeless, owed = state.step, Clock(), False, False, False
         profiler = profiling.Profiler(run_dir, mesh.device, tracker.note) if profile and mesh.is_main else None
         if profiler is not None:
             cleanup.callback(profiler.stop)
@@ -269,8 +269,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
             clock.step_done(config.train.batch_tokens)
             if profiler is not None:
                 profiler.step()
-            state.step += 1
-            state.tokens += config.train.batch_tokens
+            state.step, state.tokens = state.step + 1, state.tokens + config.train.batch_tokens
             state.cursor, state.exhausted = batch.cursor.to_dict(), batch.last
             state.loss_scale = asdict(scale) if scale.dynamic else {}
             state.skipped_steps += metrics["skipped"]
@@ -290,6 +289,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
                 )
             if scores or last or state.step % config.log.every_steps == 0:
                 entry = journal.log_entry(run, state, batch, metrics, clock, loader, flops / peak)
+                entry["save_wait_sec"] = round(saver.stall_sec, 4)
                 tracker.log(state.step, entry | hub.metrics() | scores)
             if last or state.step % config.sample.every_steps == 0:
                 journal.write_samples(run, opened.tokenizer, state.step, shown=last)
@@ -299,7 +299,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
                 saved, owed = state.step, False
         if saved < state.step:
             save(run, state, saver, opened.tokenizer)
-        code = ending(run, state, late=late, saved=saver.wait())
+        code = ending(run, state, late=late, saved=saver.wait() and not hopeless)
         if not hub.finish(hurried=stop.requested):
             tracker.note(
                 f"the newest checkpoint is not on the Hub: {hub.metrics()['hub_error'] or 'no answer in time'}"
@@ -373,7 +373,7 @@ def ending(run: Run, state: TrainState, *, late: bool, saved: bool) -> int:
 
     config, note = run.config, run.tracker.note
     if not saved:
-        note(f"the last checkpoint could not be written; what is in {config.run.dir}/checkpoints is older")
+        note(f"checkpoints could not be written; the newest in {config.run.dir}/checkpoints is what there is")
         return EXIT_UNSAVED
     if state.exhausted:
         note(f"the sources' last epoch ended at step {state.step} of {run.steps}: this run is complete")

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import time
@@ -28,7 +29,7 @@ from text import report, safe_text
 
 def folder_of(path: Path) -> Path:
     """Where the checkpoints lie that a user means: of a run, or the folder itself."""
-    path = path.expanduser()
+    path = Path(os.path.expanduser(path))
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if not root.is_dir():
         raise UserError(f"{path}: no such directory; give a run (runs/NAME) or its checkpoints folder")

@@ -33,7 +33,7 @@ COMPANIONS = (
 
 def export(checkpoint_path: Path, out: Path, *, dtype: str = "bf16", mtp: bool = True) -> None:
     """Write the model found at `checkpoint_path` to `out`, which must be absent or empty; it appears when whole."""
-    out = out.expanduser().absolute()
+    out = Path(os.path.expanduser(out)).absolute()
     if out == Path.cwd():
         raise UserError(f"--out {out}: is the working directory; name a new directory")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -259,7 +259,7 @@ class Doctor:
         if held > HELD_BYTES:
             self.say(
                 "warn",
-                f"two shuffle windows of {window} units take over {held / 2**30:.1f} GiB of memory in every rank; lower "
+                f"two shuffle windows of {window} units take over {held / 2**30:.1f} GiB of memory in each rank; lower "
                 "data.shuffle_window, or write smaller row groups",
             )
         windows = -(-len(self.units) // window)

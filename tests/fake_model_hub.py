@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from huggingface_hub.utils import _http
 
 import checkpoint
 import hub
+from pusher import Pusher
 
 TOKEN = "hf_" + "CanaryCanaryCanary" * 2  # what it accepts; the tests look for it where it must not be
 NAME = "me/model"
@@ -156,6 +158,50 @@ def save(root: Path, step: int, *, keep: int = 9, salt: float = 0.0) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Driven:
+    """A pusher without its thread: turns are made here, on a clock that waiting moves."""
+
+    def __init__(self, **options: Any):
+        self.clock, self.notes, self.waits = Clock(), [], []
+        given = {"run_id": RUN, "every_sec": 300.0, "note": self.notes.append, **options}
+        self.push = Pusher(NAME, clock=self.clock, start=False, **given)
+
+    def turns(self, most: int = 60) -> None:
+        """Until nothing is left to do."""
+        for _ in range(most):
+            delay = self.push._turn()
+            if delay is None:
+                return
+            self.waits.append(delay)
+            self.clock.now += delay
+        raise AssertionError(f"no end after {most} turns: {self.notes}")
+
+
+def titles(server: FakeModelHub) -> list[str]:
+    return [commit.title for commit in server.repos[NAME].commits]
+
+
+def tree_is_whole(server: FakeModelHub, folder: Path) -> int:
+    """Write the head's tree down as a reader would see it; its step, after verification."""
+    files = server.repos[NAME].head.files
+    latest = json.loads(files["LATEST.json"])
+    target = folder / f"step_{latest['step']:08d}"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for name in (name for name in files if name not in ("LATEST.json", ".gitattributes")):
+        (target / name).write_bytes(files[name])
+    assert checkpoint.verify(target)["step"] == latest["step"]
+    return latest["step"]
 
 
 class _Server(ThreadingHTTPServer):
@@ -355,9 +401,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in repo.blobs:
                     return self._json({"error": "LFS pointer pointed to a file that does not exist"}, 400)
                 files[value["path"]] = repo.blobs[value["oid"]]
-            elif line["key"] == "deletedFile":
-                if files.pop(value["path"], None) is None:
-                    return self._json({"error": "A file with this name doesn't exist"}, 404)
+            elif line["key"] == "deletedFile" and files.pop(value["path"], None) is None:
+                return self._json({"error": "A file with this name doesn't exist"}, 404)
         made = repo.commit(header["value"]["summary"], files)
         return self._json({"commitUrl": f"{self.state.endpoint}/{self.name}/commit/{made.sha}", "commitOid": made.sha})
 

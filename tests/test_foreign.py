@@ -143,7 +143,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any], bytes], bytes], str]] = {
     "a header of 2^60 bytes": (lambda h, d: (2**60).to_bytes(8, "little") + b"{}", "a header of 1152921504606846976"),
     "a header of 2^64 - 1 bytes": (lambda h, d: b"\xff" * 8 + b"{}", "a header of 18446744073709551615 bytes"),
     "a header of 100 MB": (lambda h, d: safetensors(b" " * 10**8), "a header of 100000000 bytes, at most 10000000"),
-    "a header beyond the file": (lambda h, d: (999).to_bytes(8, "little") + b"{}", "ends within its header of 999 bytes"),
+    "a header beyond the file": (lambda h, d: (999).to_bytes(8, "little") + b"{}", "ends within its header of 999"),
     "a million tensors": (
         lambda h, d: safetensors(many_tensors(10**6)),
         "a header of",
@@ -399,6 +399,12 @@ def state_of(folder: Path, **changes: Any) -> None:
     [
         {"run_dir": "/elsewhere"}, {"token": "abc"}, {"callbacks": ["os.system"]}, {"schema": 99}, {"step": "7"},
         {"step": 1.5}, {"config": []}, {"cursor": 3}, {"ops": {"attention": 3}}, {"schema": [[]]},
+        {"step": -1}, {"step": 10**30}, {"rollbacks": -1}, {"config": {}}, {"config": {"data": {}}},
+        {"config": {"data": []}},
+        {"config": {"data": {"tokenizer": 3, "sources": []}}}, {"config": {"data": {"tokenizer": "a", "sources": [3]}}},
+        {"config": {"data": {"tokenizer": "a", "sources": [{}]}}}, {"loss_scale": {"evil": 1}}, {"cursor": {"a": 1}},
+        {"loss_scale": {"value": "1"}}, {"cursor": {"row": "x", "places": []}}, {"cursor": {"row": 1, "places": [3]}},
+        {"cursor": {"row": 1, "places": [["/etc/passwd"]]}},
     ],
     ids=str,
 )  # fmt: skip

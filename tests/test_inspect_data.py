@@ -143,7 +143,7 @@ def test_the_doctor_warns_of_row_groups_that_fill_the_memory(corpus, capsys, mon
     """pandas writes a million documents to a group, and sixteen groups are held."""
     monkeypatch.setattr(inspect_data, "HELD_BYTES", 1000)
     code, out, _ = run(capsys, "doctor", corpus)
-    assert code == 0 and "warn two shuffle windows of 8 units take over 0.0 GiB of memory in every rank; lower" in out
+    assert code == 0 and "warn two shuffle windows of 8 units take over 0.0 GiB of memory in each rank; lower" in out
 
 
 def test_near_duplicates_are_those_of_the_theory():

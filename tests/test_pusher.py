@@ -1,4 +1,4 @@
-"""pusher.py, with the real huggingface_hub, against a Hub on this machine: every fault of the push."""
+"""pusher.py, with the real huggingface_hub, against a Hub on this machine: pushes, others who push, the card."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import fake_model_hub
 import huggingface_hub
 import pytest
-from fake_model_hub import NAME, RUN, TOKEN, FakeModelHub, Fault, contents, save
+from fake_model_hub import NAME, RUN, TOKEN, Driven, FakeModelHub, Fault, contents, save, titles, tree_is_whole
 
 import card
-import checkpoint
 import hub
 import remote
 from config import UserError
-from pusher import LONGEST_WAIT_SEC, REFUSED_WAIT_SEC, Pusher
+from pusher import Pusher
 from text import safe_text
 
 # huggingface_hub hands httpx the file it uploads in a way that httpx calls out of date.
@@ -33,56 +31,6 @@ COMMIT = r"POST .*/commit/main"
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeModelHub]:
     with fake_model_hub.served(monkeypatch, tmp_path) as server:
         yield server
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with fake_model_hub.impatient(monkeypatch):
-        yield
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Driven:
-    """A pusher without its thread: turns are made here, on a clock that waiting moves."""
-
-    def __init__(self, **options: Any):
-        self.clock, self.notes, self.waits = Clock(), [], []
-        given = {"run_id": RUN, "every_sec": 300.0, "note": self.notes.append, **options}
-        self.push = Pusher(NAME, clock=self.clock, start=False, **given)
-
-    def turns(self, most: int = 60) -> None:
-        """Until nothing is left to do."""
-        for _ in range(most):
-            delay = self.push._turn()
-            if delay is None:
-                return
-            self.waits.append(delay)
-            self.clock.now += delay
-        raise AssertionError(f"no end after {most} turns: {self.notes}")
-
-
-def titles(server: FakeModelHub) -> list[str]:
-    return [commit.title for commit in server.repos[NAME].commits]
-
-
-def tree_is_whole(server: FakeModelHub, folder: Path) -> int:
-    """Write the head's tree down as a reader would see it; its step, after verification."""
-    files = server.repos[NAME].head.files
-    latest = json.loads(files["LATEST.json"])
-    target = folder / f"step_{latest['step']:08d}"
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    for name in (name for name in files if name not in ("LATEST.json", ".gitattributes")):
-        (target / name).write_bytes(files[name])
-    assert checkpoint.verify(target)["step"] == latest["step"]
-    return latest["step"]
 
 
 # ---- the everyday path
@@ -128,6 +76,7 @@ def test_training_never_waits_and_the_newest_wins(server: FakeModelHub, tmp_path
         push.offer(save(root, step))
     assert push.metrics()["hub_lag_steps"] == 4 and push.metrics()["hub_lag_sec"] > 0
     assert not push.flush(0.05)
+    assert not push.flush(3600, stopped=lambda: True)
     held.set()
     assert push.flush(60)
     push.close()
@@ -136,15 +85,19 @@ def test_training_never_waits_and_the_newest_wins(server: FakeModelHub, tmp_path
 
 def test_pushes_keep_their_distance(server: FakeModelHub, tmp_path: Path) -> None:
     driven = Driven(every_sec=1800.0)
-    for minute in range(0, 120, 5):
+    for minute in range(0, 70, 10):
         driven.clock.now = 1000.0 + 60 * minute
-        driven.push.offer(save(tmp_path, 1 + minute))
+        driven.push.offer(save(tmp_path, 1 + minute, keep=2))
         driven.push._turn()
-    assert server.asked(COMMIT) == 4
-    assert driven.push.metrics()["hub_lag_steps"] == 25 and driven.push.metrics()["hub_lag_sec"] == 20 * 60
+    assert titles(server) == [f"history squashed at step 61 of {RUN}"] and server.asked(COMMIT) == 3
+    driven.clock.now += 600
+    driven.push.offer(save(tmp_path, 71, keep=2))
+    assert driven.push._turn() == 1200 and driven.push.metrics()["hub_lag_steps"] == 10
+    driven.clock.now += 60
+    assert driven.push.metrics()["hub_lag_sec"] == 60
     driven.push._hurry = True  # what flush does
     driven.turns()
-    assert driven.push.metrics()["hub_pushed_step"] == 116
+    assert driven.push.metrics()["hub_pushed_step"] == 71
 
 
 def test_copies_where_a_disk_has_no_links(
@@ -169,9 +122,10 @@ def test_only_what_is_whole_is_pushed(server: FakeModelHub, tmp_path: Path) -> N
     driven.push.offer(damaged)
     driven.turns()
     assert "damaged" in driven.notes[0] and titles(server) == ["initial commit"]
-    driven.push.offer(tmp_path / "step_00000002")  # deleted before its turn
-    driven.turns()
-    assert "step_00000002: gone before its turn; not pushed" in driven.notes[1]
+    for gone in (tmp_path / "step_00000002", tmp_path / "nowhere" / "step_00000002"):  # deleted before its turn
+        driven.push.offer(gone)
+        driven.turns()
+        assert "step_00000002: gone before its turn; not pushed" in driven.notes.pop()
     driven.push.offer(save(tmp_path, 3))
     driven.turns()
     assert tree_is_whole(server, tmp_path / "seen") == 3 and driven.push.metrics()["hub_error"] is None
@@ -199,214 +153,6 @@ def test_a_step_reached_again_by_another_way(server: FakeModelHub, tmp_path: Pat
     driven.turns()
     assert server.repos[NAME].head.files["model.safetensors"] == (again / "model.safetensors").read_bytes()
     assert len(titles(server)) == 2
-
-
-# ---- F14: faults
-
-PASSING = ("409", "412", "429 wait", "500", "502", "504", "reset", "lost", "lost 500", "half", "page")
-
-
-@pytest.mark.parametrize("kind", PASSING)
-def test_a_commit_comes_through_every_fault_once(kind: str, server: FakeModelHub, tmp_path: Path) -> None:
-    comes_through(kind, server, tmp_path)
-
-
-def test_a_commit_comes_through_silence(impatient: None, server: FakeModelHub, tmp_path: Path) -> None:
-    comes_through("stall", server, tmp_path)
-
-
-def comes_through(kind: str, server: FakeModelHub, tmp_path: Path) -> None:
-    driven = Driven()
-    server.faults = [Fault(COMMIT, kind, 1 if kind.startswith(("lost", "half")) else 2)]
-    driven.push.offer(save(tmp_path, 1))
-    driven.turns()
-    assert all(fault.times == 0 for fault in server.faults)
-    assert titles(server) == ["initial commit", f"step 1 of {RUN}"]  # no duplicate, nothing partial
-    assert tree_is_whole(server, tmp_path / "seen") == 1
-    if kind.startswith(("lost", "half")):  # found at the head, at once
-        assert driven.waits == [0.0] and server.asked(COMMIT) == 1
-    else:
-        assert len(driven.waits) == 3 and server.asked(COMMIT) == 3
-        assert [7 <= wait <= 8 for wait in driven.waits[:2]] == [kind == "429 wait"] * 2
-        assert sum("tried again" in note for note in driven.notes) == 1  # told once
-    assert driven.push.metrics()["hub_error"] is None
-
-
-STAGES = (r"GET /api/models/me/model$", r"/resolve/.*LATEST", "preupload", "objects/batch", "PUT /storage", "/tree/")
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_of_a_push_is_tried_again(stage: str, server: FakeModelHub, tmp_path: Path) -> None:
-    driven = Driven()
-    server.faults = [Fault(stage, kind, 12) for kind in ("503", "reset")]
-    server.faults += [Fault(stage, "half")]
-    if "PUT" in stage:
-        server.faults += [Fault(stage, "403")]  # an address that has run out: no answer of the Hub itself
-    driven.push.offer(save(tmp_path, 1))
-    driven.turns()
-    assert all(fault.times == 0 for fault in server.faults)
-    assert titles(server) == ["initial commit", f"step 1 of {RUN}"] and max(driven.waits) <= LONGEST_WAIT_SEC
-    assert tree_is_whole(server, tmp_path / "seen") == 1
-
-
-@pytest.mark.parametrize("status", ["401", "403", "404"])
-def test_what_no_waiting_mends_is_told_once(status: str, server: FakeModelHub, tmp_path: Path) -> None:
-    driven = Driven()
-    server.faults = [Fault(COMMIT, status, 3)]
-    driven.push.offer(save(tmp_path, 1))
-    assert driven.push._turn() == REFUSED_WAIT_SEC
-    driven.clock.now += 60
-    driven.push.offer(save(tmp_path, 2))
-    assert driven.push._turn() == REFUSED_WAIT_SEC - 60 and server.asked(COMMIT) == 1
-    assert driven.push.metrics()["hub_error"].startswith(f"hub.repo_id = {NAME!r}: the Hub ")
-    driven.turns()  # mended in the end
-    assert titles(server)[1:] == [f"step 2 of {RUN}"] and driven.push.metrics()["hub_error"] is None
-    assert len(driven.notes) == 2 and "tried again" in driven.notes[0] and "step 2 is at" in driven.notes[1]
-
-
-def test_flush_gives_up_where_waiting_is_no_use(server: FakeModelHub, tmp_path: Path) -> None:
-    push = Pusher(NAME, run_id=RUN, every_sec=0, note=lambda text: None)
-    server.faults = [Fault(COMMIT, "403", 100)]
-    push.offer(save(tmp_path, 1))
-    assert not push.flush(60)
-    assert not push.flush(60)
-    push.close()
-    assert 1 <= server.asked(COMMIT) <= 3 and not list(tmp_path.glob("*.hub-*"))
-
-
-def test_a_day_without_the_hub(server: FakeModelHub, tmp_path: Path) -> None:
-    """One line at its beginning, one at its end, one commit that catches up; no more tries than one in minutes."""
-    driven = Driven(every_sec=1800.0)
-    server.faults = [Fault(".", "503", 10**9)]
-    before = len(server.log)
-    steps = range(1, 24 * 12 + 1)
-    paths = [save(tmp_path, step) for step in (1, 2, steps[-1])]
-    for step in steps:
-        driven.push.offer(paths[min(step, 3) - 1])
-        until = driven.clock.now + 300.0
-        while driven.clock.now < until:
-            delay = driven.push._turn()
-            assert delay is not None and 0 < delay <= LONGEST_WAIT_SEC
-            driven.clock.now = min(until, driven.clock.now + delay)
-    assert len(server.log) - before < 2 * 24 * 60
-    assert driven.push.metrics()["hub_lag_sec"] == 24 * 3600 and len(driven.notes) == 1
-    server.faults.clear()
-    driven.turns()
-    assert titles(server)[1:] == [f"step {steps[-1]} of {RUN}"]
-    assert len(driven.notes) == 2 and driven.push.metrics()["hub_lag_steps"] == 0
-
-
-@pytest.mark.parametrize("kind", ["reset", "503", "stall"])
-def test_a_hub_that_is_away_at_the_start_is_asked_again(
-    kind: str, impatient: None, server: FakeModelHub, tmp_path: Path
-) -> None:
-    server.faults = [Fault(".", kind, 3)]
-    driven = Driven()
-    assert "could not be reached" in driven.notes[0] or "tried again" in driven.notes[0]
-    driven.push.offer(save(tmp_path, 1))
-    driven.turns()
-    assert titles(server) == ["initial commit", f"step 1 of {RUN}"]
-
-
-def test_no_network_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with fake_model_hub.served(monkeypatch, tmp_path):
-        pass  # its port is closed now
-    driven = Driven()
-    driven.push.offer(save(tmp_path, 1))
-    assert 0 < (driven.push._turn() or 0) <= LONGEST_WAIT_SEC
-    assert len(driven.notes) == 1 and "refused" in driven.notes[0]
-
-
-# ---- F15: whoever reads, whenever
-
-
-def test_at_every_instant_of_a_push_the_head_is_whole(server: FakeModelHub, tmp_path: Path) -> None:
-    driven = Driven(every_sec=0.0, keep=1)
-    seen: list[int] = []
-
-    def look(line: str) -> None:
-        with server.lock:
-            if "LATEST.json" in server.repos[NAME].head.files:
-                seen.append(tree_is_whole(server, tmp_path / "seen"))
-
-    driven.push.offer(save(tmp_path, 1))
-    driven.turns()
-    server.on_request = look
-    for step in range(2, 6):
-        driven.push.offer(save(tmp_path, step))
-        driven.turns()
-    assert sorted(seen) == seen and set(seen) == {1, 2, 3, 4, 5} and len(seen) > 40
-
-
-def deaths(server: FakeModelHub, tmp_path: Path, which: Callable[[int], bool]) -> int:
-    """Cut a pusher off at each request of a push, with and without that request's effect; the next one goes on."""
-    first = Driven(every_sec=0.0)
-    first.push.offer(save(tmp_path, 1))
-    before = len(server.log)
-    first.turns()
-    requests, died = len(server.log) - before, 0
-    for number in range(requests):
-        for kind in ("reset", "lost"):
-            if not which(2 * number + (kind == "lost")):
-                continue
-            step, count = 2 + died * 2, [0]
-
-            def cut(line: str, number: int = number, kind: str = kind, count: list[int] = count) -> None:
-                if count[0] == number:
-                    server.faults = [Fault(".", kind), Fault(".", "reset", 10**6)]
-                count[0] += 1
-
-            dying = Driven(every_sec=0.0)
-            dying.push.offer(save(tmp_path, step))
-            server.on_request = cut
-            dying.push._turn()
-            server.on_request, server.faults = lambda line: None, []
-            assert tree_is_whole(server, tmp_path / "seen") in (step - 2, step - 1, step)
-            died += 1
-            after = Driven(every_sec=0.0)
-            after.push.offer(save(tmp_path, step + 1))
-            after.turns()
-            assert tree_is_whole(server, tmp_path / "seen") == step + 1
-    return died
-
-
-def test_a_pusher_that_dies_leaves_the_head_whole(server: FakeModelHub, tmp_path: Path) -> None:
-    assert deaths(server, tmp_path, lambda number: number % 4 == 1) >= 5
-
-
-@pytest.mark.slow
-def test_a_pusher_that_dies_anywhere_leaves_the_head_whole(server: FakeModelHub, tmp_path: Path) -> None:
-    assert deaths(server, tmp_path, lambda number: True) >= 20
-
-
-@pytest.mark.slow
-def test_two_hundred_readers_of_pushes_under_way(server: FakeModelHub, tmp_path: Path) -> None:
-    push = Pusher(NAME, run_id=RUN, every_sec=0, note=lambda text: None, keep=1)
-    push.offer(save(tmp_path, 1))
-    assert push.flush(60)
-    over, known = threading.Event(), {1: contents(tmp_path / "step_00000001")}
-
-    def train() -> None:
-        step = 2
-        while not over.is_set():
-            path = save(tmp_path, step)
-            known[step] = contents(path)
-            push.offer(path)
-            step += 1
-
-    trainer = threading.Thread(target=train)
-    trainer.start()
-    try:
-        steps = set()
-        for number in range(200):
-            found = hub.pull(NAME, tmp_path / f"reader{number}", note=lambda text: None)
-            assert found is not None and contents(found) == known[int(found.name[5:])]
-            steps.add(found.name)
-    finally:
-        over.set()
-        trainer.join()
-        push.close()
-    assert len(steps) > 20
 
 
 # ---- F16: others
@@ -494,7 +240,7 @@ def test_a_repository_of_something_else(files: dict[str, bytes], said: str, serv
 
 def test_private_unless_asked(server: FakeModelHub, tmp_path: Path) -> None:
     server.make(NAME, private=False)
-    with pytest.raises(UserError, match="is public; hub.public=true pushes there all the same"):
+    with pytest.raises(UserError, match=r"is public; hub\.public=true pushes there all the same"):
         Driven()
     assert Driven(public=True).notes == []
     server.repos[NAME].private = True
@@ -511,7 +257,8 @@ def test_private_unless_asked(server: FakeModelHub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model", "me/", "/model", "me/model/x", "../model", "me/..", "me/a b", "me/x.git", "me/a--b", "é/x", "me/\n"]
+    "name",
+    ["model", "me/", "/model", "me/model/x", "../model", "me/..", "me/a b", "me/x.git", "me/a--b", "é/x", "me/\n"],
 )
 def test_a_name_that_is_none(name: str, server: FakeModelHub) -> None:
     with pytest.raises(UserError, match=r"^hub\.repo_id = .* is no name of a repository on the Hub; give owner/name$"):
@@ -542,7 +289,7 @@ def test_the_token_is_in_no_message(
     told = [secret, f"x {TOKEN[:20]}...", f"'{TOKEN}'"]
     for step, text in enumerate(told, 1):
         driven.push._fail(ConnectionError(text))
-        driven.push._failing = ""
+        driven.push._tries = 0
         driven.push.offer(save(tmp_path, step))
         server.faults = [Fault(COMMIT, "403"), Fault(COMMIT, "reset")]
         driven.turns()

@@ -21,7 +21,7 @@ from resume import STATE_FILE, TrainState, check_config, check_content, learned,
 CONFIG = Config()
 STATE = TrainState(
     learned(CONFIG), "documents", "tokens", "bf16", step=7, tokens=7 * 131072, skipped_steps=1,
-    cursor={"epoch": 0, "window": 2, "chunk": 1, "offset": 99}, loss_scale={"value": 65536.0, "good_steps": 3},
+    cursor={"row": 7, "places": [[0, 2, 1, 99]]}, loss_scale={"value": 65536.0, "good_steps": 3},
 )  # fmt: skip
 
 

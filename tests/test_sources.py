@@ -425,6 +425,7 @@ def test_mistakes_say_what_to_do(tmp_path, monkeypatch):
     for path, message in {
         "corpus.parket": "did you mean 'corpus.parquet'",
         "corpuz": "no such file.*did you mean 'corpus'",
+        "tinystorys": "no such file.*did you mean 'tinystories'",
         "./nothing/here.txt": "no such file, folder or glob match",
         "*.arrow": "no such file, folder or glob match",
         "corpus.parquet": "no text column 'text' .text_field.; its columns: other .int64., content .string.",

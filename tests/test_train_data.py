@@ -23,6 +23,7 @@ from remote import Unreachable
 from resume import STATE_FILE
 from stream import Cursor
 
+QUICK = ("train.micro_batch=8", "eval.every_steps=1000")  # whole steps; held-out rows at the end only
 PACKED = ("data.packing=best_fit", "data.document_mask=true")
 
 
@@ -35,13 +36,18 @@ def two_texts(text: Path, tmp_path: Path) -> str:  # noqa: F811
     return f"data.sources=[{{path: {tmp_path}/a.txt, weight: 0.7}}, {{path: {tmp_path}/b.txt, weight: 0.3}}]"
 
 
+@pytest.fixture
+def quick(tiny):  # noqa: F811
+    return lambda name, *options: tiny(name, *QUICK, *options)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """A run on the plain configuration, to compare with or to go on from a copy of."""
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "tiny.yaml").write_text(TINY, encoding="utf-8")
     arguments = ["--config", str(folder / "tiny.yaml"), f"run.dir={folder / 'run'}", f"data.sources={text}"]
-    assert train.main(arguments) == 0
+    assert train.main([*arguments, *QUICK]) == 0
     return folder / "run"
 
 
@@ -55,10 +61,10 @@ def back_to(run: Path, step: int) -> None:
 @pytest.mark.parametrize(
     "options", [("data.packing=best_fit",), PACKED, ("data.document_mask=true", "data.workers=2"), ("MIXED",)], ids=str
 )
-def test_each_kind_of_rows_resumes_exactly(tiny, tmp_path: Path, two_texts: str, options) -> None:  # noqa: F811
+def test_each_kind_of_rows_resumes_exactly(quick, tmp_path: Path, two_texts: str, options) -> None:
     options = tuple(two_texts if option == "MIXED" else option for option in options)
-    options = (*options, "train.steps=12", "checkpoint.every_steps=6", "eval.every_steps=6")
-    assert tiny("run", *options, "data.workers=0") == 0
+    options = (*options, "train.steps=12", "checkpoint.every_steps=6")
+    assert quick("run", *options, "data.workers=0") == 0
     run = tmp_path / "run"
     wanted, tensors = learned(run), hashes(newest(run))
     assert wanted[-1][2] < wanted[0][2] - 0.3
@@ -66,7 +72,7 @@ def test_each_kind_of_rows_resumes_exactly(tiny, tmp_path: Path, two_texts: str,
         last = metrics(run)[-1]
         assert last["packing_used"] > 0.9 and 0.5 < last["packing_cropped"] < 1  # documents of 8 KB in rows of 32
     back_to(run, 6)
-    assert tiny("run", *options) == 0
+    assert quick("run", *options) == 0
     assert learned(run) == wanted and hashes(newest(run)) == tensors
 
 
@@ -91,12 +97,12 @@ def test_two_ranks_equal_one_on_packed_rows(tiny, tmp_path: Path, two_texts: str
 # ---- the end of the data
 
 
-def test_the_last_epoch_ends_a_run(tiny, tmp_path: Path, two_texts: str, capsys) -> None:  # noqa: F811
+def test_the_last_epoch_ends_a_run(quick, tmp_path: Path, two_texts: str, capsys) -> None:
     for name in "ab":
         path = tmp_path / f"{name}.txt"
         path.write_text(path.read_text(encoding="utf-8")[:12_000], encoding="utf-8")
     once = two_texts.replace("}", ", epochs: 1}")
-    assert tiny("run", once, "train.steps=100000", "eval.every_steps=100000", "checkpoint.every_steps=100000") == 0
+    assert quick("run", once, "train.steps=100000", "checkpoint.every_steps=100000") == 0
     told = capsys.readouterr().out
     run = tmp_path / "run"
     end = metrics(run)[-1]["step"]
@@ -104,48 +110,48 @@ def test_the_last_epoch_ends_a_run(tiny, tmp_path: Path, two_texts: str, capsys)
     assert 30 < end < 200 and "val_bpb" in metrics(run)[-1] and "**Emma**" in (run / "samples.md").read_text()
     assert newest(run).name == f"step_{end:08d}" and "done: the model is in" in told
     before = hashes(run)
-    assert tiny("run", once, "train.steps=100000") == 0
+    assert quick("run", once, "train.steps=100000") == 0
     assert "is finished" in capsys.readouterr().out and hashes(run) == before
     twice = two_texts.replace("}", ", epochs: 2}")
-    assert tiny("run", twice, f"train.steps={end + 3}") == 0
+    assert quick("run", twice, f"train.steps={end + 3}") == 0
     assert metrics(run)[-1]["step"] == end + 3
 
 
-def test_weights_must_stay(tiny, tmp_path: Path, two_texts: str, capsys) -> None:  # noqa: F811
-    assert tiny("run", two_texts, "train.steps=2") == 0
+def test_weights_must_stay(quick, tmp_path: Path, two_texts: str, capsys) -> None:
+    assert quick("run", two_texts, "train.steps=2") == 0
     capsys.readouterr()
-    assert tiny("run", two_texts.replace("0.7", "0.6"), "train.steps=4") == 2
+    assert quick("run", two_texts.replace("0.7", "0.6"), "train.steps=4") == 2
     told = capsys.readouterr().err
     assert "the weights of data.sources: the checkpoint was trained with [0.7, 0.3]" in told and told.count("\n") == 1
     for option in ("data.packing=best_fit", "data.document_mask=true", "data.seq_len=16"):
-        assert tiny("run", two_texts, "train.steps=4", option) == 2
+        assert quick("run", two_texts, "train.steps=4", option) == 2
         assert option.split("=")[0] in capsys.readouterr().err
 
 
 # ---- shards and cache
 
 
-def test_shards_and_text_may_take_each_other_s_place(tiny, tmp_path: Path, text: Path, undisturbed) -> None:  # noqa: F811
+def test_shards_and_text_may_take_each_other_s_place(quick, tmp_path: Path, text: Path, undisturbed) -> None:  # noqa: F811
     run = Path(shutil.copytree(undisturbed, tmp_path / "run"))
     wanted, tensors = learned(run), hashes(newest(run))
     out = tmp_path / "shards"
     arguments = ["--config", str(tmp_path / "tiny.yaml"), "--out", str(out), f"data.sources={text}"]
     assert prepare_data.main(arguments) == 0
     mapped = (f"data.sources={out}", f"data.tokenizer={out / 'tokenizer'}")
-    assert tiny("mapped", *mapped) == 0
+    assert quick("mapped", *mapped) == 0
     assert [line[2:] for line in learned(tmp_path / "mapped")] == [line[2:] for line in wanted]
     back_to(run, 10)
-    assert tiny("run", f"data.sources={out}") == 0
+    assert quick("run", f"data.sources={out}") == 0
     assert learned(run) == wanted
     found = hashes(newest(run))
     same = {name for name in tensors if tensors[name] == found[name]}
     assert {name for name in tensors if name.endswith(".safetensors")} <= same
 
 
-def test_the_cache_changes_nothing(tiny, tmp_path: Path) -> None:  # noqa: F811
-    assert tiny("plain", "train.steps=3") == 0
+def test_the_cache_changes_nothing(quick, tmp_path: Path) -> None:
+    assert quick("plain", "train.steps=3") == 0
     for name in ("first", "second"):
-        assert tiny(name, f"data.cache={tmp_path / 'cache'}", "train.steps=3") == 0
+        assert quick(name, f"data.cache={tmp_path / 'cache'}", "train.steps=3") == 0
         assert learned(tmp_path / name) == learned(tmp_path / "plain")
     (folder,) = (tmp_path / "cache").iterdir()
     assert (folder / "unit-00000000.safetensors").is_file()
@@ -154,7 +160,7 @@ def test_the_cache_changes_nothing(tiny, tmp_path: Path) -> None:  # noqa: F811
 # ---- a Hub out of reach
 
 
-def test_a_fallback_is_stored_and_never_left(tiny, tmp_path: Path, text: Path, monkeypatch, capsys) -> None:  # noqa: F811
+def test_a_fallback_is_stored_and_never_left(quick, tmp_path: Path, text: Path, monkeypatch, capsys) -> None:  # noqa: F811
     real, reachable = sources.resolve, []
 
     def resolve(listed, cache=None):
@@ -166,15 +172,15 @@ def test_a_fallback_is_stored_and_never_left(tiny, tmp_path: Path, text: Path, m
 
     monkeypatch.setattr(sources, "resolve", resolve)
     options = ("data.sources=owner/set", f"data.fallback={text}")
-    assert tiny("run", *options, "train.steps=2") == 0
+    assert quick("run", *options, "train.steps=2") == 0
     assert "could not be reached; training on data.fallback = " in capsys.readouterr().out
     assert json.loads((newest(tmp_path / "run") / STATE_FILE).read_text())["fallback"] is True
     reachable.append(True)
-    assert tiny("run", *options, "train.steps=3") == 0
+    assert quick("run", *options, "train.steps=3") == 0
     assert metrics(tmp_path / "run")[-1]["step"] == 3
 
 
-def test_a_run_is_inspected_by_its_own_files(tiny, tmp_path: Path, text: Path, monkeypatch, capsys) -> None:  # noqa: F811
+def test_a_run_is_inspected_by_its_own_files(quick, tmp_path: Path, text: Path, monkeypatch, capsys) -> None:  # noqa: F811
     """One that trained on its fallback and was moved aside; its first sources, and its old place, are others' now."""
     other = tmp_path / "other.txt"
     other.write_text("something else\n\n" * 9000, encoding="utf-8")
@@ -189,10 +195,10 @@ def test_a_run_is_inspected_by_its_own_files(tiny, tmp_path: Path, text: Path, m
 
     monkeypatch.setattr(sources, "resolve", resolve)
     options = ("data.sources=owner/set", f"data.fallback={text}", "train.steps=3")
-    assert tiny("run", *options) == 0
+    assert quick("run", *options) == 0
     moved = (tmp_path / "run").rename(tmp_path / "run.1")
     reachable.append(True)
-    assert tiny("run", f"data.sources={text}", "train.steps=3", "train.seed=9") == 0
+    assert quick("run", f"data.sources={text}", "train.steps=3", "train.seed=9") == 0
     with (moved / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "cur')  # the end of a run that was killed
     capsys.readouterr()
@@ -211,9 +217,9 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
-def test_a_supply_below_demand_is_told(tiny, tmp_path: Path, monkeypatch, capsys) -> None:  # noqa: F811
+def test_a_supply_below_demand_is_told(quick, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(train, "MOST_WAITING", -1.0)
-    assert tiny("run", "train.steps=3", "data.workers=1") == 0
+    assert quick("run", "train.steps=3", "data.workers=1") == 0
     told = capsys.readouterr().out
     assert told.count("the data come too slowly: ") == 2  # not of the first line, when everything starts
     last = metrics(tmp_path / "run")[-1]
@@ -221,8 +227,8 @@ def test_a_supply_below_demand_is_told(tiny, tmp_path: Path, monkeypatch, capsys
     assert checkpoint.latest(tmp_path / "run" / "checkpoints") is not None
 
 
-def test_minutes_end_a_run_and_it_goes_on(tiny, tmp_path: Path, monkeypatch, capsys, undisturbed) -> None:  # noqa: F811
-    assert tiny("run", "train.max_minutes=1e-9") == train.EXIT_TIME
+def test_minutes_end_a_run_and_it_goes_on(quick, tmp_path: Path, monkeypatch, capsys, undisturbed) -> None:
+    assert quick("run", "train.max_minutes=1e-9") == train.EXIT_TIME
     assert metrics(tmp_path / "run") == [] and "are over: stopped after step 0 of 20" in capsys.readouterr().out
     real = train.train_step
 
@@ -232,7 +238,7 @@ def test_minutes_end_a_run_and_it_goes_on(tiny, tmp_path: Path, monkeypatch, cap
         return real(run, step, batch)
 
     monkeypatch.setattr(train, "train_step", slow)
-    assert tiny("run", "train.max_minutes=60") == train.EXIT_TIME
+    assert quick("run", "train.max_minutes=60") == train.EXIT_TIME
     assert newest(tmp_path / "run").name == "step_00000007"
     monkeypatch.undo()
-    assert tiny("run") == 0 and learned(tmp_path / "run") == learned(undisturbed)
+    assert quick("run") == 0 and learned(tmp_path / "run") == learned(undisturbed)

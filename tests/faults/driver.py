@@ -7,6 +7,7 @@ own and report by exit code, files and their redirected output. Started by `lab.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import math
@@ -122,6 +123,8 @@ def import_all() -> None:
     import parallel
 
     parallel.product_flops = lambda *_: 1e12  # measured for a fifth of a second, for nothing but MFU
+    gc.collect()
+    gc.freeze()  # or a child's collections would copy every page
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
         raise RuntimeError(f"{threads} threads before any fork: what is imported starts threads of its own")

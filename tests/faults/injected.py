@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +61,15 @@ def kill_at(root: str, boundary: int, since: str = "", torn: bool = False, only_
         Shim(root, act, since=since).install()
 
 
-def disk(root: str, code: str, paths: str = "", first: int = 0, count: int = 10**9) -> None:
+def disk(root: str, code: str, paths: str = "", first: int = 0, count: int = 10**9, kinds: Sequence[str] = ()) -> None:
     """Operations that need room fail with this errno, where the path matches, from the `first` on, `count` times."""
     import re
 
     wanted, seen, number_of = re.compile(paths), [0], getattr(errno, code)
 
     def act(number: int, operation: Operation) -> None:
-        kinds = FULL if code != "EROFS" else FULL | {"rename", "unlink", "rmdir"}
-        if operation.kind in kinds and wanted.search(operation.path):
+        chosen = kinds or (FULL if code != "EROFS" else FULL | {"rename", "unlink", "rmdir"})
+        if operation.kind in chosen and wanted.search(operation.path):
             seen[0] += 1
             if first < seen[0] <= first + count:
                 raise OSError(number_of, os.strerror(number_of), operation.path)
@@ -402,3 +402,39 @@ def break_saving(step: int) -> None:
         return real(root, number, *rest, **options)
 
     wrap(checkpoint, "save", around)
+
+
+def hub_at(endpoint: str, token: str, cache: str, every_sec: float) -> None:
+    """The Hub is a server on this machine, and pushes follow each other faster than a configuration allows."""
+    from huggingface_hub import constants, file_download
+    from huggingface_hub.utils import _http
+
+    import mirror
+    import pusher
+
+    for module in (constants, file_download):
+        if hasattr(module, "HUGGINGFACE_CO_URL_TEMPLATE"):
+            module.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    constants.ENDPOINT = endpoint
+    constants.HF_HUB_DISABLE_XET = True
+    constants.HF_HUB_CACHE = cache
+    if hasattr(_http, "_HUB_ORIGINS"):
+        _http._HUB_ORIGINS = frozenset({_http._url_origin(endpoint)})
+    os.environ["HF_TOKEN"] = token
+    mirror.FLUSH_SEC = 5.0
+
+    def around(real: Any, *arguments: Any, **options: Any) -> Any:
+        return real(*arguments, **options | {"every_sec": every_sec})
+
+    wrap(pusher.Pusher, "__init__", around)
+
+
+def jumping_clock() -> None:
+    """The wall clock: an hour back, a day on, in turns."""
+    real, calls = time.time, [0]
+
+    def jumped() -> float:
+        calls[0] += 1
+        return real() + (-3600.0 if calls[0] % 2 else 86400.0)
+
+    time.time = jumped

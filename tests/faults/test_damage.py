@@ -130,7 +130,7 @@ def test_a_run_falls_back_and_ends_alike(lab: Lab, row: Callable[[str], Any]) ->
     reference = lab.reference()
     with row("F5") as case:
         for number, (file, apply) in enumerate((
-            ("model.safetensors", cut(0)), ("training_state.json", append(b" ")), ("manifest.json", Path.unlink),
+            ("training_state.json", append(b" ")), ("manifest.json", Path.unlink),
         )):  # fmt: skip
             name = f"damaged-{number}"
             shutil.copytree(lab[reference], lab[name])
@@ -238,3 +238,25 @@ def test_a_folder_that_cannot_be_written(lab: Lab, row: Callable[[str], Any]) ->
             )
         made = lab.run("far", f"run.dir={lab.folder / 'not' / 'there' / 'yet'}", "train.steps=2")
         case.check("" if made.code == 0 and newest(lab.folder / "not" / "there" / "yet") else made, "missing parent")
+
+
+def test_a_rename_that_is_refused(lab: Lab, row: Callable[[str], Any]) -> None:
+    """EXDEV, as on some overlays, for a while: told, nothing is left of it, and a later checkpoint comes through."""
+    with row("F28") as case:
+        fault = (
+            "disk",
+            {"root": str(lab["exdev"]), "code": "EXDEV", "paths": r"step_00000004\.tmp-", "kinds": ["rename"]},
+        )
+        result = lab.run("exdev", faults=[fault])
+        case.check("" if result.code == 0 and "could not be written" in result.out() else result, "told")
+        wanted = ["step_00000002", "step_00000006", "step_00000008"]
+        case.check("" if checkpoints(lab["exdev"]) == wanted else checkpoints(lab["exdev"]), "what is there")
+        case.check(same_end(lab["exdev"], lab[lab.reference()]), "end")
+
+
+def test_a_clock_that_jumps(lab: Lab, row: Callable[[str], Any]) -> None:
+    """An hour back and a day on, between steps: cadence and deadline do not notice."""
+    with row("F28") as case:
+        result = lab.run("clock", "train.max_minutes=10", faults=[("jumping_clock", {})])
+        case.check("" if result.code == 0 else result, "exit code")
+        case.check(same_end(lab["clock"], lab[lab.reference()]), "end")

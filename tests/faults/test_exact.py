@@ -44,11 +44,11 @@ ALL = list(itertools.product(("muon", "adamw"), ("fp32", "bf16", "fp16"), (1, 4)
 
 @pytest.mark.parametrize("case", FAST, ids=lambda case: "-".join(map(str, case)))
 def test_resume_is_exact(lab: Lab, row: Callable[[str], Any], case: tuple[str, str, int, int]) -> None:
-    *which, ranks = case
-    options, faults = combination(*which)
+    optimizer, precision, accumulation, ranks = case
+    options, faults = combination(optimizer, precision, accumulation)
     with row("F11") as tried:
         name = "exact-" + "-".join(map(str, case))
-        tried.check(chain(lab, name, [*options, "train.steps=8"], (1, 3, 6), ranks=ranks, faults=faults), name)
+        tried.check(chain(lab, name, [*options, "train.steps=6"], (2, 5), ranks=ranks, faults=faults), name)
 
 
 @pytest.mark.dist
@@ -61,8 +61,8 @@ def test_resume_of_two_ranks_is_exact(lab: Lab, row: Callable[[str], Any]) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ALL, ids=lambda case: "-".join(map(str, case)))
 def test_fifty_steps_stopped_ten_times(lab: Lab, row: Callable[[str], Any], case: tuple[str, str, int, int]) -> None:
-    *which, ranks = case
-    options, faults = combination(*which)
+    optimizer, precision, accumulation, ranks = case
+    options, faults = combination(optimizer, precision, accumulation)
     # The dense layer, too: the other tests have MoE layers alone.
     options += ["train.steps=50", "model.num_hidden_layers=2", "model.first_k_dense_replace=1"]
     stops = sorted(random.Random(str(case)).sample(range(1, 50), 10))
@@ -73,21 +73,13 @@ def test_fifty_steps_stopped_ten_times(lab: Lab, row: Callable[[str], Any], case
         tried.figures["stops"] = len(stops)
 
 
-def test_a_bit_that_differs_would_be_noticed(lab: Lab) -> None:
-    """Resumed with another order of the data: the comparison has to tell."""
-    lab.run("other", "train.steps=4", "train.seed=1")
-    reference = lab[lab.reference("train.steps=4")]
-    assert "differ" in same_end(lab["other"], reference)
-
-
-def test_one_bit_of_the_momentum(lab: Lab) -> None:
-    """A resume that loses the last bit of one momentum ends otherwise, and is told."""
-    reference = lab[lab.reference("train.steps=6")]
-    result = lab.run("one-bit", "train.steps=6", faults=[("stop_after", {"step": 3})])
+def test_one_bit_of_the_momentum_would_be_noticed(lab: Lab) -> None:
+    """A resume that loses the last bit of one momentum ends otherwise."""
+    result = lab.run("one-bit", faults=[("stop_after", {"step": 3})])
     assert result.code == 143, result
-    result = lab.run("one-bit", "train.steps=6", faults=[("nudge_optimizer", {})])
+    result = lab.run("one-bit", faults=[("nudge_optimizer", {})])
     assert result.code == 0, result
-    assert "tensors differ" in same_end(lab["one-bit"], reference)
+    assert "tensors differ" in same_end(lab["one-bit"], lab[lab.reference()])
 
 
 def test_crash_resume_crash_before_a_save(lab: Lab, row: Callable[[str], Any]) -> None:
@@ -95,7 +87,7 @@ def test_crash_resume_crash_before_a_save(lab: Lab, row: Callable[[str], Any]) -
     options = ("train.steps=10", "checkpoint.every_steps=4")
     with row("F12") as case:
         reference = lab[lab.reference(*options)]
-        for number, (step, what) in enumerate(((6, "die"), (7, "die"), (6, "stop"), (9, "die"), (9, "die"))):
+        for number, (step, what) in enumerate(((6, "die"), (7, "die"), (6, "stop"), (9, "die"))):
             faults: list[Fault] = [("at_step", {"step": step, "what": "die", "only_rank": 0})]
             if what == "stop":
                 faults = [("stop_after", {"step": step})]
@@ -106,7 +98,7 @@ def test_crash_resume_crash_before_a_save(lab: Lab, row: Callable[[str], Any]) -
         case.check(same_end(lab["chain"], reference) if result.code == 0 else result, "the end")
         mine, theirs = ([line["cursor"] for line in lines(run)] for run in (lab["chain"], reference))
         case.check("" if mine == theirs and len(mine) == 10 else f"{mine} is not {theirs}", "the data's order")
-        case.figures["links of the chain"] = 6
+        case.figures["links of the chain"] = 5
 
 
 def same_order(lab: Lab, name: str, reference: str, case: Any) -> None:

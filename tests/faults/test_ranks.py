@@ -16,7 +16,7 @@ HANG_SEC = 3.0
 OPTIONS = (f"train.hang_minutes={HANG_SEC / 60}", "train.steps=8", "checkpoint.every_steps=2")
 
 
-def lost(lab: Lab, name: str, what: str, rank: int, case: Any) -> None:
+def lost(lab: Lab, name: str, what: str, rank: int, case: Any, *, resumed: bool = True) -> None:
     """A rank is gone, for good or without a word, as step 6 begins: the other says which, and ends; the rest is a
     resume."""
     reference = lab[lab.reference("train.steps=8", "checkpoint.every_steps=2", ranks=2)]
@@ -32,6 +32,8 @@ def lost(lab: Lab, name: str, what: str, rank: int, case: Any) -> None:
     case.check(
         differences(lab[name], reference) if found is not None and found.name >= "step_00000004" else found, name
     )
+    if not resumed:
+        return
     again = lab.run(name, *OPTIONS, ranks=2)
     case.check(same_end(lab[name], reference) if again.codes == [0, 0] else again, f"{name}: started again")
 
@@ -43,7 +45,7 @@ def test_a_rank_that_is_killed(lab: Lab, row: Callable[[str], Any]) -> None:
 
 def test_a_rank_that_hangs(lab: Lab, row: Callable[[str], Any]) -> None:
     with row("F20") as case:
-        lost(lab, "frozen-1", "freeze", 1, case)
+        lost(lab, "frozen-1", "freeze", 1, case, resumed=False)
 
 
 @pytest.mark.slow
@@ -83,16 +85,16 @@ def test_torchrun_starts_the_group_again(lab: Lab, row: Callable[[str], Any]) ->
         case.check(same_end(lab["again"], reference), "the end")
 
 
-def test_a_rank_without_data(lab: Lab, row: Callable[[str], Any]) -> None:
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_rank_without_data(lab: Lab, row: Callable[[str], Any], rank: int) -> None:
     """Both stop on the same step, which is saved."""
     with row("F21") as case:
-        for rank in (1, 0):
-            name = f"no-data-{rank}"
-            fault = ("no_more_data", {"after": 3, "only_rank": rank})
-            result = lab.run(name, "train.steps=8", "checkpoint.every_steps=1000", faults=[fault], ranks=2)
-            case.check("" if result.codes == [2, 2] and max(result.seconds) < 30 else result, name)
-            case.check("" if checkpoints(lab[name]) == ["step_00000003"] else checkpoints(lab[name]), name)
-            case.check("" if len(lines(lab[name])) == 3 else len(lines(lab[name])), name)
-            again = lab.run(name, "train.steps=8", "checkpoint.every_steps=1000", ranks=2)
-            reference = lab[lab.reference("train.steps=8", "checkpoint.every_steps=2", ranks=2)]
-            case.check(same_end(lab[name], reference) if again.codes == [0, 0] else again, name)
+        name = f"no-data-{rank}"
+        fault = ("no_more_data", {"after": 3, "only_rank": rank})
+        result = lab.run(name, "train.steps=8", "checkpoint.every_steps=1000", faults=[fault], ranks=2)
+        case.check("" if result.codes == [2, 2] and max(result.seconds) < 30 else result, name)
+        case.check("" if checkpoints(lab[name]) == ["step_00000003"] else checkpoints(lab[name]), name)
+        case.check("" if len(lines(lab[name])) == 3 else len(lines(lab[name])), name)
+        again = lab.run(name, "train.steps=8", "checkpoint.every_steps=1000", ranks=2)
+        reference = lab[lab.reference("train.steps=8", "checkpoint.every_steps=2", ranks=2)]
+        case.check(same_end(lab[name], reference) if again.codes == [0, 0] else again, name)
