@@ -41,7 +41,7 @@ PULL_RETRY_SEC = 600.0  # how long a read is tried again before the run stops
 MOST_FILES = 20_000  # of a repository: more is not looked at
 MOST_COMMITS = 100  # that are looked through for an intact checkpoint
 MOST_LATEST_BYTES = 4096
-SQUASHED = 3  # pulls begun anew because the history was squashed under their hands
+SQUASHED = 5  # pulls begun anew because the history was squashed under their hands
 
 PLACE = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 MODEL_FILES = re.compile(

@@ -231,7 +231,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
             (run_dir / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
             hardware = f"{precision} on {peak_name}: {peak / 1e12:.2f} TFLOP/s"
             journal.announce(run, counts, state, start, held_out, hardware)
-            for line in told:
+            for line in (*opened.notes, *told):
                 tracker.note(line)
         mesh.from_main(on_main(mesh, lambda: hub.start(tracker.note, counts, num_bytes)))
         state.environment = journal.set_up(mesh)

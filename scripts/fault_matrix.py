@@ -50,19 +50,19 @@ FAULTS = {
     "F26": "secrets", "F27": "hostile files", "F28": "renames refused", "F29": "background failures",
     "F30": "checkpoints of other versions", "Colab": "random deaths, empty disk, Hub only",
 }  # fmt: skip
-# Faults whose tests lie with their modules, each test a case: a file, or functions whose names hold one of the words.
+# Faults whose tests lie with their modules, each test a case: in files so called, functions that hold one of the words.
 ELSEWHERE: dict[str, tuple[tuple[str, str], ...]] = {
     "F14": (
-        ("test_pusher.py", "fault|silence|stage|mends|outage|flush_gives|hours|away|no_network"),
+        ("test_pusher*.py", "fault|silence|stage|mends|outage|flush_gives|hours|away|no_network"),
         ("test_hub.py", "fails_now|refuses|squashed|not_wait_for_ever"), ("test_mirror.py", "out_of_reach"),
     ),
-    "F15": (("test_pusher.py", "every_instant|dies|readers"), ("test_hub.py", "pull_that_dies")),
+    "F15": (("test_pusher*.py", "every_instant|dies|readers"), ("test_hub.py", "pull_that_dies")),
     "F16": (("test_pusher.py", "two_pushers|between_our|another_runs|started_again"),),
     "F17": (("test_remote.py", ""),),
     "F18": (("test_sources.py", "skips|utf8|damaged|bomb|whatever|becomes_another|goes_away|one_line_is_cut"),),
     "F23": (("test_bad_configs.py", ""),),
     "F24": (
-        ("test_pusher.py", "tokens_and_rights|no_network"), ("test_environment.py", "too_old"),
+        ("test_pusher*.py", "tokens_and_rights|no_network"), ("test_environment.py", "too_old"),
         ("test_parallel.py", "torch_cannot_use"), ("test_train.py", "hub_out_of_reach"),
         ("test_mirror.py", "out_of_reach"),
     ),
@@ -79,12 +79,12 @@ PAIRS, STEPS, EVERY = 5, 26, 2  # of the overhead's runs: pairs, steps, steps be
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def tests_of(fault: str) -> list[str]:
+def members_of(fault: str) -> list[str]:
     """What pytest is to run: test functions that say `row("F1")`, and those of ELSEWHERE."""
     found = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         text = path.read_text(encoding="utf-8")
-        words = dict(ELSEWHERE.get(fault, ())).get(path.name)
+        words = next((words for name, words in ELSEWHERE.get(fault, ()) if path.match(name)), None)
         if words is None and f'row("{fault}")' not in text:
             continue
         for node in ast.walk(ast.parse(text)):
@@ -245,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
         if unknown := set(wanted) - FAULTS.keys() - {"overhead"}:
             raise UserError(f"--only {given.only}: no fault {min(unknown)}; there are F1 to F30, Colab and overhead")
         start = time.monotonic()
-        tests = {fault: found for fault in wanted if fault in FAULTS and (found := tests_of(fault))}
+        tests = {fault: found for fault in wanted if fault in FAULTS and (found := members_of(fault))}
         chosen = list(dict.fromkeys(test for found in tests.values() for test in found))
         cases = run_tests(chosen, long=given.long, processes=given.processes) if chosen else []
         rows = [row_of(fault, found, cases) for fault, found in tests.items()]

@@ -42,7 +42,7 @@ from dataset import Dataset, open_dataset
 from documents import Unit, read_unit
 from options import Parser
 from stream import PADDING, Chunk, Cursor, Mixed, Place, Row, Tally
-from text import report, safe_text
+from text import clean, report, safe_text
 
 # The near duplicates that FineWeb's authors look for: word 5-grams, 14 bands of 8 hashes (arXiv 2406.17557).
 GRAM, NUM_PERM, NUM_BANDS = 5, 112, 14
@@ -122,7 +122,7 @@ def trace(config: Config, dataset: Dataset, step: int) -> int:
         for part in parts:
             start = dataset.tokenizer.decode(part.ids[:16].tolist())
             print(
-                f"  tokens {part.offset}-{part.offset + len(part.ids)} of {where(part.unit, part.row)}: "
+                f"  tokens {part.offset}-{part.offset + len(part.ids)} of {clean(where(part.unit, part.row))}: "
                 f"{safe_text(' '.join(str(start).split()))!r}"
             )
     if not found:
@@ -141,7 +141,7 @@ def peek(config: Config, dataset: Dataset, count: int, step: int) -> int:
         print(f"==== row {number}: {config.data.seq_len} tokens, {padding} of them padding")
         for part in parts:
             whole = "" if part.offset == 0 else f", from token {part.offset}"
-            print(f"---- {where(part.unit, part.row)}{whole}")
+            print(clean(f"---- {where(part.unit, part.row)}{whole}"))
             print(safe_text(str(dataset.tokenizer.decode(part.ids.tolist()))))
     if not found:
         raise UserError(f"--step {step}: the sources' last epoch ends before it")
@@ -385,7 +385,7 @@ def _open(given: argparse.Namespace) -> tuple[Config, Dataset]:
         saved = checkpoint.latest(path / "checkpoints")
     if saved is not None:
         fallback = resume.TrainState.read(saved).fallback
-    return config, open_dataset(config, saved, fallback=fallback, note=lambda text: print(text, file=sys.stderr))
+    return config, open_dataset(config, saved, fallback=fallback, note=lambda text: print(clean(text), file=sys.stderr))
 
 
 def _count(text: str) -> int:

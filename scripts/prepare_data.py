@@ -38,7 +38,7 @@ from config import UserError
 from documents import Documents, Unit, read_unit
 from options import Parser
 from remote import one_line
-from text import report
+from text import clean, report
 from tokenizer import Encoder
 from tracker import duration
 
@@ -169,7 +169,7 @@ def prepare(given: argparse.Namespace) -> None:
         raise UserError(f"--out {out}: is complete; leave out --tokens, or choose another folder")
     mine = open_dataset(config, fallback=False, note=print)
     for line in mine.notes:
-        print(line)
+        print(clean(line))
     units = mine.manifest.units
     if any(unit.kind == "tokens" for unit in units):
         raise UserError("data.sources: these are token shards already")

@@ -221,7 +221,7 @@ def test_a_pusher_that_dies_anywhere_leaves_the_head_whole(server: FakeModelHub,
 
 @pytest.mark.slow
 def test_two_hundred_readers_of_pushes_under_way(server: FakeModelHub, tmp_path: Path) -> None:
-    push = Pusher(NAME, run_id=RUN, every_sec=0, note=lambda text: None, keep=1)
+    push = Pusher(NAME, run_id=RUN, every_sec=0.05, note=lambda text: None, keep=20)
     push.offer(save(tmp_path, 1))
     assert push.flush(60)
     over, known = threading.Event(), {1: contents(tmp_path / "step_00000001")}

@@ -412,9 +412,10 @@ def hub_at(endpoint: str, token: str, cache: str, every_sec: float) -> None:
     import mirror
     import pusher
 
+    name = "HUGGINGFACE_CO_URL_TEMPLATE"
     for module in (constants, file_download):
-        if hasattr(module, "HUGGINGFACE_CO_URL_TEMPLATE"):
-            module.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        if hasattr(module, name):
+            setattr(module, name, endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     constants.ENDPOINT = endpoint
     constants.HF_HUB_DISABLE_XET = True
     constants.HF_HUB_CACHE = cache

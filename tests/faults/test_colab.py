@@ -80,7 +80,7 @@ def colab(lab: Lab, server: FakeModelHub, name: str, steps: int, mean: int, case
 
 def test_one_death_and_an_empty_disk(lab: Lab, server: FakeModelHub, row: Callable[[str], Any]) -> None:
     with row("Colab") as case:
-        colab(lab, server, "colab-short", 60, 40, case)
+        colab(lab, server, "colab-short", 24, 14, case)
 
 
 @pytest.mark.slow

@@ -182,18 +182,17 @@ def test_a_signal_to_torchrun(lab: Lab, row: Callable[[str], Any]) -> None:
 
 
 def test_a_deadline_is_kept(lab: Lab, row: Callable[[str], Any]) -> None:
-    """The run has ended, its checkpoint on the disk, before its minutes are over; by more where saving takes long."""
+    """The run has ended, its checkpoint on the disk, when its minutes are over; where saving takes 2 seconds, too."""
     with row("F10") as case:
-        for name, minutes, faults in (
-            ("plain", 0.06, []),
-            ("slow disk", 0.12, [("slow_files", {"root": str(lab["deadline-slow disk"]), "seconds": 0.1})]),
-        ):
+        for name, minutes, sync_sec in (("plain", 0.06, 0.0), ("slow-disk", 0.14, 0.2)):
             name = f"deadline-{name}"
-            options = ("train.steps=100000", "checkpoint.every_steps=5", f"train.max_minutes={minutes}")
-            result = lab.run(name, *options, faults=[("slow_steps", {"seconds": 0.05}), *faults])
+            options = ("train.steps=100000", "checkpoint.every_steps=20", f"train.max_minutes={minutes}")
+            slow = ("slow_files", {"root": str(lab[name]), "seconds": sync_sec})
+            result = lab.run(name, *options, faults=[("slow_steps", {"seconds": 0.05}), slow])
             case.check("" if result.code == 3 else result, "exit code")
             found = newest(lab[name])
             taken = len(lines(lab[name]))
             case.check("" if found is not None and int(found.name[5:]) == taken else f"{found} of {taken} steps", name)
-            case.check("" if result.seconds[0] < 60 * minutes + 0.3 else f"{result.seconds[0]:.1f} s", "in time")
+            # A second for the process's own beginning and end, on busy cores.
+            case.check("" if result.seconds[0] < 60 * minutes + 1 else f"{result.seconds[0]:.1f} s", "in time")
             case.figures[f"{name}, s of {60 * minutes:.1f}"] = round(result.seconds[0], 1)
