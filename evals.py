@@ -26,8 +26,8 @@ def evaluate(
 ) -> dict[str, float | None]:
     """`val_loss`, nats per token, and `val_bpb`, bits per UTF-8 byte, both of the main head, EOS included.
 
-    `rows` at a time; every rank takes its share. Empty when there is nothing to evaluate, or `stop`, asked each time, says
-    so on any rank. With `eos` documents are isolated, as in training with data.document_mask.
+    `rows` at a time; every rank takes its share. Empty when there is nothing to evaluate, or `stop`, asked each time,
+    says so on any rank. With `eos` documents are isolated, as in training with data.document_mask.
     """
     start, end = mesh.share(len(held_out.tokens))
     one = torch.ones(1, device=mesh.device)

@@ -161,7 +161,7 @@ def differing(text: Manifest, tok: Any, encoder: Encoder, folder: Path) -> float
     for number, unit in enumerate(text.units):
         read = read_unit(unit)
         packed = shards.pack(read, encoder(read.items))
-        made = shards.to_bytes(number, unit, packed, tokenizer=fingerprint, vocab_size=VOCAB)
+        made = shards.to_bytes(number, unit, packed, corpus=text.fingerprint, tokenizer=fingerprint, vocab_size=VOCAB)
         shards.write_file(folder / shards.file_name(number), made)
     shards.Index.of(text, tok, fingerprint, complete=True).write(folder)
     mapped = sources.resolve([SourceConfig(path=str(folder))])

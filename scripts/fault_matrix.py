@@ -233,38 +233,47 @@ def shown(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {key: row[key] for key in ("fault", "what", "tried", "survived")} | {"figures": figures}
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="fault_matrix.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="F1,F2", help="some of the faults, or overhead")
     parser.add_argument("--long", action="store_true", help="with the tests marked slow, and the overhead")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="tests at a time (2)")
     parser.add_argument("--out", metavar="FILE", help="write the result as JSON")
+    given = parser.parse_args(arguments)
+    given.wanted = given.only.split(",") if given.only else [*FAULTS, *["overhead"] * given.long]
+    if unknown := set(given.wanted) - FAULTS.keys() - {"overhead"}:
+        raise UserError(f"--only {given.only}: no fault {min(unknown)}; there are F1 to F30, Colab and overhead")
+    return given
+
+
+def matrix(given: argparse.Namespace) -> dict[str, Any]:
+    start = time.monotonic()
+    members = {fault: found for fault in given.wanted if fault in FAULTS and (found := members_of(fault))}
+    chosen = list(dict.fromkeys(test for found in members.values() for test in found))
+    cases = run_tests(chosen, long=given.long, processes=given.processes) if chosen else []
+    result: dict[str, Any] = {
+        "hardware": hardware(torch.device("cpu")), "versions": versions(), "long": given.long,
+        "rows": [row_of(fault, found, cases) for fault, found in members.items()],
+    }  # fmt: skip
+    result["seconds"] = round(time.monotonic() - start, 1)
+    if "overhead" in given.wanted:
+        result["overhead"] = overhead()
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
     try:
-        given = parser.parse_args(arguments)
-        wanted = given.only.split(",") if given.only else [*FAULTS, *["overhead"] * given.long]
-        if unknown := set(wanted) - FAULTS.keys() - {"overhead"}:
-            raise UserError(f"--only {given.only}: no fault {min(unknown)}; there are F1 to F30, Colab and overhead")
-        start = time.monotonic()
-        tests = {fault: found for fault in wanted if fault in FAULTS and (found := members_of(fault))}
-        chosen = list(dict.fromkeys(test for found in tests.values() for test in found))
-        cases = run_tests(chosen, long=given.long, processes=given.processes) if chosen else []
-        rows = [row_of(fault, found, cases) for fault, found in tests.items()]
-        result: dict[str, Any] = {
-            "hardware": hardware(torch.device("cpu")), "versions": versions(), "long": given.long,
-            "command": shlex.join(["python", "scripts/fault_matrix.py", *(arguments or sys.argv[1:])]), "rows": rows,
-        }  # fmt: skip
-        if "overhead" in wanted:
-            result["overhead"] = overhead()
-        result["seconds"] = round(time.monotonic() - start, 1)
-        print(table(list(shown(rows))))
-        for row in rows:
-            for name in row["failed"]:
-                print(f"failed: {row['fault']} {name}")
-        if "overhead" in wanted:
-            print(f"overhead: {result['overhead']}")
+        given = parse(arguments)
+        result = matrix(given)
+        words = sys.argv[1:] if arguments is None else arguments
+        result["command"] = shlex.join(["python", "scripts/fault_matrix.py", *words])
+        print(table(list(shown(result["rows"]))))
+        failed = [f"failed: {row['fault']} {name}" for row in result["rows"] for name in row["failed"]]
+        told = [f"overhead: {result['overhead']}"] if "overhead" in result else []
+        print(*failed, *told, sep="\n")
         if given.out:
             Path(given.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        return int(any(row["failed"] for row in rows))
+        return int(bool(failed))
     except (UserError, OSError) as error:
         return report(error)
 

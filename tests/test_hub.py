@@ -177,6 +177,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(kind: str, server: Fak
     assert [path.name for path in found.parent.iterdir()] == ["step_00000001"]
 
 
+def test_a_checkpoint_that_is_whole_but_not_the_one_that_was_pushed(server: FakeModelHub, tmp_path: Path) -> None:
+    repo = server.make(NAME)
+    good = save(tmp_path / "run", 1)
+    put(repo, good)
+    put(repo, save(tmp_path / "run", 2))
+    other = contents(save(tmp_path / "other", 2, salt=0.5))
+    damage(repo, lambda _: {**other})
+    found, _ = pull(tmp_path)
+    assert found is not None and contents(found) == contents(good)
+
+
 def test_none_that_is_whole(server: FakeModelHub, tmp_path: Path) -> None:
     """Never a quiet start from nothing where there is something."""
     repo = server.make(NAME)
@@ -259,13 +270,14 @@ def test_a_network_that_fails_now_and_then(stage: str, server: FakeModelHub, tmp
     assert all(fault.times == 0 for fault in server.faults if fault.kind != "half")
 
 
-def test_a_history_squashed_while_it_is_read(server: FakeModelHub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["LATEST", "manifest.json", "paths-info", "config.json"])
+def test_a_history_squashed_while_it_is_read(stage: str, server: FakeModelHub, tmp_path: Path) -> None:
     repo = server.make(NAME)
     put(repo, save(tmp_path / "run", 1))
     newer = save(tmp_path / "run", 2)
 
     def squash(line: str) -> None:
-        if "config.json" in line:
+        if stage in line:
             server.on_request = lambda line: None
             put(repo, newer)
             del repo.commits[:-1]

@@ -15,6 +15,7 @@ import pytest
 from test_train import ROOT, TINY, hashes, learned, metrics, newest, text, tiny  # noqa: F401  # fixtures
 
 import checkpoint
+import journal
 import config as configuration
 import sources
 import train
@@ -218,7 +219,7 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 
 def test_a_supply_below_demand_is_told(quick, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(train, "MOST_WAITING", -1.0)
+    monkeypatch.setattr(journal, "MOST_WAITING", -1.0)
     assert quick("run", "train.steps=3", "data.workers=1") == 0
     told = capsys.readouterr().out
     assert told.count("the data come too slowly: ") == 2  # not of the first line, when everything starts

@@ -22,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SEC = 0.002
+PARENT = os.getppid()
 
 
 class Job:
@@ -43,7 +44,7 @@ class Job:
                     self.ended[pid] = time.monotonic() - self.started
                     if self.linger is not None and self.codes[pid] != -signal.SIGKILL:
                         self.deadline = min(self.deadline, time.monotonic() + self.linger)
-            if time.monotonic() > self.deadline:
+            if time.monotonic() > self.deadline or os.getppid() != PARENT:  # nobody waits any more
                 self.timed_out = self.linger is None or not self.ended
                 self.deadline = math.inf
                 os.killpg(self.pids[0], signal.SIGKILL)

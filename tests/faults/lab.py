@@ -145,7 +145,7 @@ class Lab:
         return ["--config", str(self.folder / "tiny.yaml"), *places, *overrides]
 
     def start(
-        self, name: str, *overrides: str, faults: Sequence[Fault] = (), ranks: int = 1, timeout: float = 60,
+        self, name: str, *overrides: str, faults: Sequence[Fault] = (), ranks: int = 1, timeout: float = 180,
         linger: float | None = None,
     ) -> Running:  # fmt: skip
         """`linger`: so long after the first rank's end the others are killed."""
