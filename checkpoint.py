@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from config import UserError
-from foreign import FILE_NAME, MAX_NAME, CheckpointError, check_header, plain_file, read_json
+from foreign import FILE_NAME, MAX_NAME, CheckpointError, check_header, plain_file, read_json, unreadable
 from options import shown
 
 SCHEMA = 2  # of the manifest; 1 had no digest of its own and none of the tensors, and is still read
@@ -40,7 +40,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 STEP = re.compile(r"step_(\d{8})")
 # .tmp-: a save that died. .old-: moved aside for a new directory of the same step. .trash-: a deletion that died.
 # A damaged one becomes step_XXXXXXXX.bad-<reason> and stays: scripts/checkpoints.py prune deletes it.
-LEFTOVER = re.compile(r"step_(\d{8})\.(tmp|old|trash)-[0-9a-f]{8}")
+LEFTOVER = re.compile(r"step_(\d{8})\.(tmp|old|trash|hub)-[0-9a-f]{8}")
 BAD = re.compile(r"step_\d{8}\.bad-[a-z0-9-]+")
 SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -61,7 +61,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a run's folder, if it is there: raises UserError where another process does.
 
     A lock on the folder itself: no file is written, and it ends with the process, however that ends; no child inherits
-    it. Windows and file systems without locks go without.
+    it. Windows goes without, and so do file systems without locks, with a logged warning.
     """
     handle = None
     try:
@@ -75,8 +75,10 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(
             f"run.dir = {str(folder)!r}: another process trains this run; stop it, or give another"
         ) from None
-    except (ImportError, OSError):
+    except (ImportError, FileNotFoundError):
         pass
+    except OSError as error:  # NFS, say
+        log.warning("%s cannot be locked (%s): see that no other process trains this run", folder, error.strerror)
     try:
         yield
     finally:
@@ -116,7 +118,9 @@ def network_drive(folder: Path, mounts: Path = Path("/proc/mounts")) -> str | No
     place = folder.resolve()
     above = [(len(point), kind) for point, kind in entries if place.is_relative_to(point.replace("\\040", " "))]
     kind = max(above)[1] if above else ""
-    return kind if re.match(r"nfs|cifs|smb|fuse\.(?!overlay|lxcfs)|9p|afs|ceph|gluster|lustre", kind) else None
+    return (
+        kind if re.match(r"nfs|cifs|smb|fuse(?!\.overlay|\.lxcfs|ctl|blk)|9p|afs|ceph|gluster|lustre", kind) else None
+    )
 
 
 def make_folder(path: Path) -> None:
@@ -150,7 +154,16 @@ def save(
     temporary = _aside(final, "tmp")
     temporary.mkdir()
     try:
-        entries = write(temporary, tensors, files, max_shard_bytes=max_shard_bytes)
+        try:
+            entries = write(temporary, tensors, files, max_shard_bytes=max_shard_bytes)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            # What is kept beyond the least makes room; what dead saves left is swept.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not prune(root, LEAST_KEPT, known=known):
+                raise
+            log.warning("the disk is full: of the checkpoints in %s only the newest %d are kept", root, LEAST_KEPT)
+            temporary.mkdir()
+            entries = write(temporary, tensors, files, max_shard_bytes=max_shard_bytes)
         manifest = _manifest_bytes(step, entries)
         _write_file(temporary / MANIFEST, [manifest])
         _sync_directory(temporary)
@@ -237,6 +250,8 @@ def prune(root: Path, keep: int, *, never: Path | None = None, known: Known | No
         except CheckpointError as error:
             log.warning("a damaged checkpoint is moved aside: %s", error)
             _quarantine(path)
+        except UserError as error:  # it may be whole all the same
+            log.warning("%s", error)
     _sweep(root, "tmp", "trash", *(("old",) if intact else ()))
     return deleted
 
@@ -253,7 +268,7 @@ def _verify_once(path: Path, known: Known) -> None:
     try:
         key = path.name, hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
     except OSError as error:
-        raise CheckpointError(f"{path / MANIFEST}: {error.strerror}") from None
+        raise unreadable(path / MANIFEST, error) from None
     if key not in known:
         verify(path)
         known.add(key)
@@ -346,6 +361,15 @@ def _write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, A
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
+def replace(path: Path, content: bytes) -> None:
+    """The file with this content, or as it was before, whatever comes between."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    _write_file(temporary, [content])
+    os.replace(temporary, path)
+    _sync_directory(path.parent)
+
+
 def _sync_directory(path: Path) -> None:
     """Make names in a directory durable. Windows cannot open one; some network file systems refuse to sync it."""
     if os.name == "nt":
@@ -364,7 +388,7 @@ def _holds(path: Path, manifest: bytes) -> bool:
     """Whether `path` is an intact checkpoint with this very manifest."""
     try:
         return (path / MANIFEST).read_bytes() == manifest and bool(verify(path))
-    except (OSError, CheckpointError):
+    except (OSError, UserError):
         return False
 
 
@@ -478,7 +502,7 @@ def _verify_file(path: Path, entry: Mapping[str, Any]) -> None:
             while chunk := file.read(2**20):
                 digest.update(chunk)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
+        raise unreadable(path, error) from None
     if digest.hexdigest() != entry["sha256"]:
         raise CheckpointError(f"{path}: damaged{_in_tensor(path, entry)}, its SHA-256 is not the manifest's")
 

@@ -6,6 +6,7 @@ size of a JSON file, the number of its parts, names given twice; all that the he
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -52,13 +53,22 @@ def plain_file(path: Path) -> Path:
     return path
 
 
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to raise for a file that cannot be read: CheckpointError where it is damaged or not there, else a UserError:
+    a drive that is away, a lack of rights or descriptors says nothing about what was written."""
+    gone = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO)
+    if error.errno in gone:
+        return CheckpointError(f"{path}: {error.strerror}")
+    return UserError(f"{path}: cannot be read now: {error.strerror}; see to it and start again")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size; CheckpointError names the file and what is wrong with it."""
     try:
         with open(plain_file(path), "rb") as file:
             content = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
+        raise unreadable(path, error) from None
     if len(content) > MAX_JSON_BYTES:
         raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
     return _json_object(path, content)

@@ -298,7 +298,8 @@ def find_folder(name: str) -> Path:
         import checkpoint
         import hub
 
-        if not path.exists() and hub.PLACE.fullmatch(name.partition("@")[0]):
+        if not path.exists() and not path.parent.exists() and hub.PLACE.fullmatch(name.partition("@")[0]):
+            print(f"no folder {name}: the model of that name on the Hugging Face Hub", file=sys.stderr)
             return hub.download_model(name)
         return checkpoint.find(path)
     except OSError as error:

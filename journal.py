@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import torch
 import checkpoint
 import environment
 import generate
-from config import Config
+from config import Config, to_yaml
 from counts import Counts
 from data import Loader, Validation
 from metrics import Clock, data_metrics, expert_metrics
@@ -43,11 +44,14 @@ def warn_if_slow(mesh: Mesh, precision: str, seconds_at_peak: float) -> None:
 
 
 def announce(
-    run: Run, counts: Counts, state: TrainState, start: Path | None, held_out: Validation, hardware: str
+    run: Run, counts: Counts, state: TrainState, start: Path | None, held_out: Validation, told: Sequence[str]
 ) -> None:
+    """The configuration into the run's folder; what it comes to, and what was `told`, on the screen."""
+    Path(run.config.run.dir, "config.yaml").write_text(to_yaml(run.config), encoding="utf-8")
     model, config, note = run.config.model, run.config, run.tracker.note
     total, active = counts.total + counts.mtp, counts.active_with_head
     note(f"{config.run.name}: {total / 1e6:,.1f}M parameters with MTP, {active / 1e6:,.1f}M active per token")
+    hardware, *more = told
     note(f"{hardware}, {run.mesh.world_size} rank(s); {run.steps:,} steps of {config.train.batch_tokens:,} tokens")
     latent = LatentCache(model, 1, 1, device="meta", dtype=run.model.dtype)
     plain = model.num_hidden_layers * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
@@ -58,6 +62,8 @@ def announce(
         note(f"validation: {held_out.num_documents} held-out documents, {held_out.num_tokens:,} tokens")
     else:
         note("validation: none; no document is held out")
+    for line in more:
+        note(line)
     if start is not None:
         note(f"resumed from {start} after step {state.step}")
         before, now = dict(state.environment), set_up(run.mesh)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -76,12 +77,20 @@ class Clock:
     """Seconds and tokens of training since the last log entry; evaluation, samples and saves do not count."""
 
     def __init__(self) -> None:
-        self.longest_sec = 0.0  # of a step, its wait included
+        self._laps: deque[float] = deque(maxlen=50)
+        self._lap = time.monotonic()
         self.reset()
 
     def reset(self) -> None:
         self.tokens, self.steps, self.train_sec, self.wait_sec = 0, 0, 0.0, 0.0
         self._start = time.perf_counter()
+
+    def lap(self) -> float:
+        """Called once per step: the longest of the last ones, all that lies between them included."""
+        now = time.monotonic()
+        self._laps.append(now - self._lap)
+        self._lap = now
+        return max(self._laps)
 
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
         self._start = time.perf_counter()
@@ -90,9 +99,7 @@ class Clock:
         return batch
 
     def step_done(self, tokens: int) -> None:
-        took = time.perf_counter() - self._start
-        self.train_sec += took
-        self.longest_sec = max(self.longest_sec, took)
+        self.train_sec += time.perf_counter() - self._start
         self.tokens += tokens
         self.steps += 1
 

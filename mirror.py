@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import card
 import checkpoint
 import hub
+import resume
 from config import Config, UserError
 from counts import Counts
+from foreign import CheckpointError
 from pusher import Pusher
 from remote import Unreachable
 
-RUN_FILE = "hub.json"  # whose checkpoints a folder and a repository hold
+RUN_FILE = "hub.json"  # whose checkpoints a folder and a repository hold: the run's name and random digits
 FLUSH_SEC = 1800.0  # at the end of a run
 HURRIED_SEC = 15.0  # after a signal: 30 s is what torchrun and spot machines give
 
@@ -24,12 +27,15 @@ HURRIED_SEC = 15.0  # after a signal: 30 s is what torchrun and spot machines gi
 class Mirror:
     """Of rank 0; without a repository (`repo_id` None) everything is a no-op."""
 
-    def __init__(self, repo_id: str | None, config: Config):
+    def __init__(self, repo_id: str | None, config: Config, counts: Counts, num_bytes: int):
         self.repo_id, self.config, self.folder = repo_id, config, Path(config.run.dir)
+        self.counts, self.num_bytes = counts, num_bytes
+        self.note: Callable[[str], None] = print
         self.pusher: Pusher | None = None
         self.run_id = ""
+        self.ahead: Path | None = None  # the newest checkpoint here, where the repository has none or an older one
 
-    def fetch(self, resume_from: str, note: Callable[[str], None], claim: Callable[[], object]) -> None:
+    def fetch(self, resume_from: str, precision: str, claim: Callable[[], object]) -> None:
         """Bring the repository's newest checkpoint here, if it is newer than what is here.
 
         Raises UserError where the repository holds another run, or cannot be asked and nothing is here to go on from.
@@ -37,47 +43,82 @@ class Mirror:
         """
         if self.repo_id is None:
             return
-        place = self.folder / RUN_FILE
-        self.run_id = str(checkpoint.read_json(place).get("run", "")) if place.exists() else ""
-        if resume_from == "never":
-            self.run_id = ""  # the folder will be moved aside
+        place, root = self.folder / RUN_FILE, self.folder / "checkpoints"
+        if resume_from != "never" and place.exists():  # else the folder will be moved aside
+            self.run_id = str(checkpoint.read_json(place).get("run", ""))
         if resume_from != "auto":
             return
-        root = self.folder / "checkpoints"
-        local = checkpoint.latest(root, quarantine=True)
+        local = self.ahead = checkpoint.latest(root, quarantine=True)
         try:
             theirs = hub.newest(self.repo_id)
-        except Unreachable as error:
+            if theirs is None:
+                return
+            self._check(theirs, local)
+            if local is not None and int(local.name[5:13]) >= theirs.step:
+                self.ahead = local if int(local.name[5:13]) > theirs.step else None
+                return
+            self._check_config(theirs, precision)
+            self.run_id = theirs.run
+            claim()
+            self.remember()  # first: a folder with checkpoints and no name would be taken for another run's
+            self.note(f"hub: fetching step {theirs.step} of {self.repo_id}")
+            hub.pull(self.repo_id, root, note=self.note)
+            self.ahead = None
+        except (Unreachable, CheckpointError) as error:
             if local is None:
                 raise UserError(f"{error}; a run may be there to go on with; to start afresh: --resume never") from None
-            note(f"{error}; going on from {local}")
-            return
-        if theirs is None:
-            return
+            self.note(f"{error}; going on from {local}")
+
+    def _check(self, theirs: hub.Latest, local: Path | None) -> None:
+        name = self.config.run.name
         if theirs.run != (self.run_id or theirs.run) or (local is not None and not self.run_id):
             raise UserError(
                 f"hub.repo_id = {self.repo_id!r} holds another run than {self.folder}; give another hub.repo_id=... or "
                 "run.name=..."
             )
-        self.run_id = theirs.run
-        if local is None or int(local.name[5:13]) < theirs.step:
-            claim()
-            note(f"hub: fetching step {theirs.step} of {self.repo_id}")
-            hub.pull(self.repo_id, root, note=note, revision=theirs.commit)
-            self._remember()
+        there = theirs.run.rpartition("-")[0]
+        if there != name:
+            raise UserError(
+                f"hub.repo_id = {self.repo_id!r} holds the run {there!r}, this one is {name!r}; give another "
+                "hub.repo_id=... or that run.name=..."
+            )
 
-    def start(self, note: Callable[[str], None], counts: Counts, num_bytes: int) -> None:
-        """Begin to push; raises UserError for what no waiting mends."""
+    def _check_config(self, theirs: hub.Latest, precision: str) -> None:
+        """Before gigabytes are fetched: whether the configuration still fits."""
+        assert self.repo_id is not None
+        state = hub.read(hub.connect(self.repo_id), self.repo_id, theirs.commit, resume.STATE_FILE)
+        if state is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder, resume.STATE_FILE).write_bytes(state)
+                resume.check_config(resume.TrainState.read(Path(folder)), self.config, precision)
+
+    def start(self) -> None:
+        """Begin to push; raises UserError for what no waiting mends. Nothing is written yet."""
         if self.repo_id is None:
             return
-        self.run_id = self.run_id or secrets.token_hex(8)
-        self._remember()
-        note(hub.plan(num_bytes, self.config.hub.model_copy(update={"repo_id": self.repo_id})))
+        self.run_id = self.run_id or f"{self.config.run.name}-{secrets.token_hex(8)}"
         options = self.config.hub
         self.pusher = Pusher(
-            self.repo_id, run_id=self.run_id, every_sec=60 * options.every_minutes, note=note, public=options.public,
-            keep=options.keep, card=lambda path: self._card(path, counts),
+            self.repo_id, run_id=self.run_id, every_sec=60 * options.every_minutes, note=lambda text: self.note(text),
+            public=options.public, keep=options.keep, card=self._card,
         )  # fmt: skip
+
+    def begin(self, note: Callable[[str], None]) -> None:
+        """The run's folder is there: what pushing comes to is told, and what is only here is offered."""
+        self.note = note
+        if self.pusher is not None and self.repo_id is not None:
+            self.remember()
+            note(hub.plan(self.num_bytes, self.config.hub.model_copy(update={"repo_id": self.repo_id})))
+            if self.ahead is not None:
+                self.pusher.offer(self.ahead)
+
+    def catch_up(self) -> bool:
+        """For a finished run: push what is only here; whether all is there."""
+        if self.repo_id is None or self.ahead is None:
+            return True
+        self.start()
+        self.begin(print)
+        return self.finish(lambda: False, hurried=False)
 
     def offer(self, path: Path) -> None:
         if self.pusher is not None:
@@ -86,19 +127,27 @@ class Mirror:
     def metrics(self) -> dict[str, Any]:
         return self.pusher.metrics() if self.pusher is not None else {}
 
-    def finish(self, *, hurried: bool) -> bool:
-        """Whether the newest checkpoint is on the Hub, after at most `FLUSH_SEC`, or `HURRIED_SEC`."""
-        return self.pusher is None or self.pusher.flush(HURRIED_SEC if hurried else FLUSH_SEC)
+    def finish(self, stopped: Callable[[], bool], *, hurried: bool) -> bool:
+        """Whether the newest checkpoint is on the Hub, after at most `FLUSH_SEC`, or `HURRIED_SEC` from a signal on."""
+        if self.pusher is None:
+            return True
+        done = not hurried and self.pusher.flush(FLUSH_SEC, stopped)
+        if not done and (hurried or stopped()):
+            done = self.pusher.flush(HURRIED_SEC)
+        if not done:
+            error = self.metrics()["hub_error"] or "no answer in time"
+            self.note(f"the newest checkpoint is not on the Hub: {error}; the same command tries again")
+        return done
 
     def close(self) -> None:
         if self.pusher is not None:
             self.pusher.close()
 
-    def _card(self, path: Path, counts: Counts) -> dict[str, bytes]:
-        assert self.repo_id is not None
-        total, active = counts.total + counts.mtp, counts.active_with_head
-        step = int(path.name[5:13])
-        return card.files(self.folder, repo_id=self.repo_id, step=step, total=total, active=active)
+    def remember(self) -> None:
+        place = self.folder / RUN_FILE
+        checkpoint.replace(place, (json.dumps({"run": self.run_id}) + "\n").encode())
 
-    def _remember(self) -> None:
-        (self.folder / RUN_FILE).write_text(json.dumps({"run": self.run_id}) + "\n", encoding="utf-8")
+    def _card(self, path: Path) -> dict[str, bytes]:
+        assert self.repo_id is not None
+        total, active = self.counts.total + self.counts.mtp, self.counts.active_with_head
+        return card.files(self.folder, repo_id=self.repo_id, step=int(path.name[5:13]), total=total, active=active)

@@ -213,11 +213,11 @@ class Optimizers:
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, scale: float = 1.0) -> Tensor:
     """Divide gradients by the loss `scale`, limit their global norm, and return the norm before limiting, fp32 ().
 
-    A non-finite norm leaves garbage in the gradients: the caller skips the step.
+    Under a norm that is not finite the gradients stay as they are: the caller skips the step, and may look at them.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = nn.utils.get_total_norm(grads) / scale
-    factor = max_norm / norm.clamp(min=max_norm) / scale
+    factor = torch.where(norm.isfinite(), max_norm / norm.clamp(min=max_norm) / scale, 1.0)
     for grad in grads:
         grad.mul_(factor)
     return norm

@@ -115,6 +115,10 @@ def processes(*, allow_cpu: bool) -> Iterator[Mesh]:
             dist.destroy_process_group()
 
 
+class RankError(RuntimeError):
+    """Another rank hangs or has died."""
+
+
 class Watch:
     """Names the rank that hangs or has died, and ends this process, with one line, after `timeout_sec`.
 
@@ -155,14 +159,15 @@ class Watch:
         if self.mesh.world_size > 1:
             self.thread.join()
         if told:
-            raise RuntimeError(told) from error
+            raise RankError(f"{told} ({str(error).splitlines()[0][:200]})") from error
 
     def blame(self) -> str:
         """The other rank that is silent, or else behind all others, for a message."""
         if not self.last:
             return "no other rank was heard of"
         now = time.monotonic()
-        rank, word = max(self.last.items(), key=lambda item: (now - item[1].heard > 5 * BEAT_SEC, item[1].age(now)))
+        there = {rank: word for rank, word in self.last.items() if not word.done} or self.last
+        rank, word = max(there.items(), key=lambda item: (now - item[1].heard > 5 * BEAT_SEC, item[1].age(now)))
         silent = now - word.heard
         what = f"silent for {silent:.0f} s" if silent > 5 * BEAT_SEC else f"stuck for {word.age(now):.0f} s"
         return f"rank {rank} on {word.host or 'an unknown machine'} is {what}, last seen at {word.place or 'the start'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -34,7 +35,7 @@ MAY_DIFFER = {  # from the model of train.init_from: what no tensor's shape or m
 STATE_FILE = "training_state.json"
 RUN_FILES = {
     "config.yaml", "metrics.jsonl", "samples.md", "checkpoints", "metrics.tmp", "samples.tmp", "profile.json",
-    "profile.txt", "diverged.json", "hub.json",
+    "profile.txt", "diverged.json", "hub.json", "hub.json.tmp",
 }  # fmt: skip
 # What may change on resume: it decides how long, how visibly and how comfortably a run goes on, not what it learns.
 FREE_SECTIONS = ("run", "ops", "log", "eval", "sample", "checkpoint", "hub")
@@ -201,6 +202,20 @@ def _origin(start: Path) -> str:
         return TrainState.read(start).origin
     except UserError:
         return ""
+
+
+class Claim:
+    """A run's folder, locked from when it is there until `cleanup`."""
+
+    def __init__(self, folder: Path, cleanup: contextlib.ExitStack):
+        self.folder, self.cleanup, self.held = folder, cleanup, False
+
+    def take(self, *, make: bool = False) -> None:
+        if make:
+            checkpoint.make_folder(self.folder)
+        if not self.held and self.folder.exists():
+            self.cleanup.enter_context(checkpoint.locked(self.folder))
+            self.held = True
 
 
 def move_aside(run_dir: Path) -> None:

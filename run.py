@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import math
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,7 +52,34 @@ class Run:
     def progress(self, done: float, doing: str) -> None:
         """`done` steps of the run, with the fraction of the one under way: shown, and told to the other ranks."""
         self.tracker.progress(done, doing)
-        self.watch.at(f"step {int(done) + 1}, {doing}")
+        self.watch.at(f"step {math.ceil(done)}, {doing}")
+
+    def together(self, step: int, doing: str, work: Callable[[], bool]) -> bool:
+        """What rank 0's `work` comes to, however long it takes, on every rank.
+
+        All leave at once: torchrun stops the others when one has left with an exit code, and they would take one that
+        is silent for dead.
+        """
+        mesh = self.mesh
+        if mesh.world_size == 1:
+            return work()
+        found: list[bool | BaseException] = []
+
+        def target() -> None:
+            try:
+                found.append(work())
+            except BaseException as error:  # noqa: BLE001  # raised below
+                found.append(error)
+
+        thread = threading.Thread(target=target)
+        if mesh.is_main:
+            thread.start()
+        while mesh.any(thread.is_alive())[0]:
+            self.progress(step, doing)
+            time.sleep(0.1)
+        if found and isinstance(found[0], BaseException):
+            raise found[0]
+        return bool(mesh.from_main(found[0] if found else None))
 
     def drop_gradients(self) -> None:
         """DDP's buckets are the gradients: dropping them would make every one twice."""

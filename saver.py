@@ -17,7 +17,7 @@ from torch import Tensor
 import checkpoint
 from config import UserError
 
-PATIENCE = 6  # cadences without a checkpoint, after which a run that cannot save ends
+PATIENCE = 6  # failures in a row, and cadences without a checkpoint, after which a run that cannot save ends
 
 Contents = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, bytes]]  # groups of tensors, files
 
@@ -43,6 +43,7 @@ class Saver:
         self.known: checkpoint.Known = set()
         self.newest: Path | None = None  # that this process wrote
         self.failing_since: float | None = None
+        self.failures = 0  # in a row
         self.stall_sec = self.longest_sec = 0.0  # that training has waited in all; the longest save
         self._last = clock()
         self._thread: threading.Thread | None = None
@@ -58,9 +59,10 @@ class Saver:
 
     @property
     def hopeless(self) -> bool:
-        """Whether nothing could be saved for `PATIENCE` cadences."""
+        """Whether nothing could be saved in `PATIENCE` tries and cadences."""
         patience = PATIENCE * (self.every_sec or 300.0)
-        return self.failing_since is not None and self.clock() - self.failing_since > patience
+        since = self.failing_since
+        return self.failures >= PATIENCE and since is not None and self.clock() - since > patience
 
     def save(self, step: int, contents: Callable[[], Contents]) -> None:
         """Copy what `contents` returns, and write it in the background as the checkpoint of `step`."""
@@ -95,16 +97,22 @@ class Saver:
         start = self.clock()
         try:
             self.newest = checkpoint.save(self.root, step, tensors, files, keep=self.keep, known=self.known)
-            self.failing_since = None
+            self.failing_since, self.failures = None, 0
             self.longest_sec = max(self.longest_sec, self.clock() - start)
-            if self.on_saved is not None:
-                self.on_saved(self.newest)
         except (OSError, UserError) as error:
+            self.failures += 1
             if self.failing_since is None:
                 self.failing_since = self.clock()
             told = f"{error.strerror}" if isinstance(error, OSError) else str(error)
             self.note(f"the checkpoint of step {step} could not be written: {told}; training goes on")
+            return
         except BaseException as error:  # noqa: BLE001  # raised again where somebody can see it
+            self._error = error
+            return
+        try:
+            if self.on_saved is not None:
+                self.on_saved(self.newest)
+        except BaseException as error:  # noqa: BLE001
             self._error = error
 
 

@@ -40,6 +40,7 @@ class Tracker:
         self.live = self.out.isatty()
         self.start = self.last_line = time.perf_counter()
         self.summary = ""
+        self._torn: set[str] = set()  # files whose last line may be half there
         self.width = 0
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -69,8 +70,7 @@ class Tracker:
         """One object in `metrics.jsonl` and one line on the console, after `step` steps."""
         if self.folder is None:
             return
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(redact(json.dumps({"step": step, **metrics}, allow_nan=False)) + "\n")
+        self._append("metrics.jsonl", redact(json.dumps({"step": step, **metrics}, allow_nan=False)) + "\n")
         self.summary = "  ".join(
             f"{label} {metrics[key]:{form}}"
             for key, label, form in (
@@ -88,8 +88,19 @@ class Tracker:
         if self.folder is None:
             return
         quoted = "".join(f"{_quote(clean(f'**{prompt}**{text}'))}\n\n" for prompt, text in prompts_and_texts)
-        with open(self.folder / "samples.md", "a", encoding="utf-8") as file:
-            file.write(f"## Step {step}\n\n{quoted}")
+        self._append("samples.md", f"## Step {step}\n\n{quoted}")
+
+    def _append(self, name: str, text: str) -> None:
+        """A disk that is full costs lines, not the run; that is told once."""
+        assert self.folder is not None
+        try:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write("\n" * (name in self._torn) + text)
+            self._torn.discard(name)
+        except OSError as error:
+            if name not in self._torn:
+                self.note(f"{self.folder / name} cannot be written: {error.strerror}; training goes on")
+            self._torn.add(name)
 
     def _where(self, done: float) -> str:
         elapsed, fresh = time.perf_counter() - self.start, done - self.first_step

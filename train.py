@@ -33,13 +33,15 @@ if TYPE_CHECKING:
 
     from data import Loader
     from metrics import Clock
+    from mirror import Mirror
     from parallel import Mesh
-    from resume import TrainState
+    from resume import Claim, TrainState
     from run import Run
     from saver import Contents, Saver
     from stream import Batch
 
 CPU_MICRO_TOKENS = 2048  # tokens at a time: a guess at what a CPU's caches like
+LATE, HOPELESS, DIVERGED = "late", "hopeless", "diverged"
 MOST_SKIPPED = 5  # steps in a row without a finite gradient; one more puts the run back to a checkpoint
 MOST_ROLLBACKS = 3
 LESS_MEMORY = "train.recompute=full, optim.momentum_dtype=bf16, a smaller data.seq_len or model would take less"
@@ -139,14 +141,14 @@ class OutOfMemory(Exception):
     """In forward or backward; nothing has changed, and all ranks know."""
 
 
-def step_within_memory(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
-    """`train_step`, over fewer rows at a time where memory runs out."""
+def step_within_memory(run: Run, step: int, batch: Batch) -> dict[str, Any] | UserError | None:
+    """`train_step`, over fewer rows at a time where memory runs out; the UserError where one row is too many."""
     while True:
         try:
             return train_step(run, step, batch)
         except OutOfMemory:
             if not run.halve_micro_batch():
-                raise UserError(f"out of memory with one row of data.seq_len at a time; {LESS_MEMORY}") from None
+                return UserError(f"out of memory with one row of data.seq_len at a time; {LESS_MEMORY}")
 
 
 def micro_batches(rows: int, number: int) -> list[slice]:
@@ -193,16 +195,17 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         if mesh.is_main:
             journal.warn_if_slow(mesh, precision, flops * steps * config.train.batch_tokens / peak)
 
-        claim = Claim(run_dir, cleanup)
+        claim = resume.Claim(run_dir, cleanup)
         mesh.from_main(on_main(mesh, claim.take))
-        hub = mirror.Mirror((config.hub.repo_id or environment.hub_repository()) if mesh.is_main else None, config)
+        num_bytes = checkpoint_bytes(config)
+        repo_id = (config.hub.repo_id or environment.hub_repository()) if mesh.is_main else None
+        hub = mirror.Mirror(repo_id, config, counts, num_bytes)
         cleanup.callback(hub.close)
-        mesh.from_main(on_main(mesh, lambda: hub.fetch(resume_from, print, lambda: claim.take(make=True))))
+        mesh.from_main(on_main(mesh, lambda: hub.fetch(resume_from, precision, lambda: claim.take(make=True))))
         start = mesh.from_main(on_main(mesh, lambda: resume.pick(run_dir, resume_from)))
         state = resume.read(start, config, precision, steps) if start is not None else None
         if state is not None and state.ended(config, steps) and resume.same_names(state, config):
-            return journal.say_finished(config, state.step, start) if mesh.is_main else 0  # the data may be far away
-        num_bytes = checkpoint_bytes(config)
+            return finished(mesh, hub, config, state, start)  # the data may be far away
         mesh.from_main(on_main(mesh, lambda: checkpoint.preflight(run_dir, num_bytes)))
         fallback = None if state is None else state.fallback
         opened = mesh.from_main(on_main(mesh, lambda: open_dataset(config, start, fallback=fallback)))
@@ -211,7 +214,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         if state is not None:
             resume.check_content(state, config, **known)
             if state.ended(config, steps):
-                return journal.say_finished(config, state.step, start) if mesh.is_main else 0
+                return finished(mesh, hub, config, state, start)
             state.config, state.precision, state.exhausted = resume.learned(config), precision, False
         else:
             learned = resume.learned(config)
@@ -221,6 +224,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         state.ops = paths.model_dump()
         model, optimizers, scale = build(config, mesh, precision, paths)
         put_back(config, model, optimizers, scale, state, start)
+        mesh.from_main(on_main(mesh, hub.start))
         mesh.from_main(on_main(mesh, lambda: make_folder(run_dir, claim, afresh=resume_from == "never")))
         tracker = Tracker(run_dir if mesh.is_main else None, total_steps=steps, first_step=state.step)
         mesh = parallel.for_training(mesh, 60 * config.train.hang_minutes)
@@ -228,43 +232,39 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         replica, eos = parallel.parallelize(model, mesh), opened.encoder.eos
         run = Run(config, mesh, model, replica, optimizers, scale, steps, stop, tracker, watch, eos)
         if mesh.is_main:
-            (run_dir / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
             hardware = f"{precision} on {peak_name}: {peak / 1e12:.2f} TFLOP/s"
-            journal.announce(run, counts, state, start, held_out, hardware)
-            for line in (*opened.notes, *told):
-                tracker.note(line)
-        mesh.from_main(on_main(mesh, lambda: hub.start(tracker.note, counts, num_bytes)))
+            journal.announce(run, counts, state, start, held_out, (hardware, *opened.notes, *told))
+            hub.begin(tracker.note)
         state.environment = journal.set_up(mesh)
         saver = Saver(
             run_dir / "checkpoints", keep=config.checkpoint.keep, note=tracker.note, on_saved=hub.offer,
             every_sec=None if config.checkpoint.every_minutes is None else 60 * config.checkpoint.every_minutes,
         )  # fmt: skip
-        cleanup.callback(saver.close)
         cleanup.enter_context(stop)  # until now a signal ended the program as ever: there was nothing to save
+        cleanup.callback(saver.close)
         feed = opened.feed(config, Cursor.from_dict(state.cursor), rank=mesh.rank, world_size=mesh.world_size)
         loader = Loader(feed, config.data.workers, pin_memory=mesh.device.type == "cuda", note=tracker.note)
         cleanup.callback(loader.close)
         resume.restore_rng(config.train.seed, start, mesh.device, mesh.rank)
-        saved, clock, late, hopeless, owed = state.step, Clock(), False, False, False
+        saved, clock, why, owed = state.step, Clock(), None, False
         profiler = profiling.Profiler(run_dir, mesh.device, tracker.note) if profile and mesh.is_main else None
         if profiler is not None:
             cleanup.callback(profiler.stop)
         while state.step < steps and not state.exhausted:
             saver.check()
             batch = next_batch(clock, loader, stop)
-            margin = SPARE * (clock.longest_sec + saver.longest_sec)
+            margin = SPARE * (clock.lap() + saver.longest_sec)
             late = time.monotonic() - started + margin > 60 * (config.train.max_minutes or math.inf)
             late, ended, failed, hopeless, due = mesh.any(
                 late, batch is None, isinstance(batch, Exception), saver.hopeless, mesh.is_main and saver.due()
             )
-            if failed:  # the data are gone; what was learned is not
-                if saved < state.step:
-                    save(run, state, saver, opened.tokenizer)
-                raise batch if isinstance(batch, Exception) else UserError("another rank could not read its data")
-            if late or ended or hopeless:
+            if late or ended or failed or hopeless:
+                lost = batch if isinstance(batch, Exception) else UserError("another rank could not read its data")
+                why = lost if failed else LATE if late else HOPELESS if hopeless else None
                 break
             metrics = step_within_memory(run, state.step, batch)
-            if metrics is None:
+            if metrics is None or isinstance(metrics, UserError):  # nothing has changed
+                why = metrics
                 break
             clock.step_done(config.train.batch_tokens)
             if profiler is not None:
@@ -276,9 +276,12 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
             bad = metrics["skipped"] and not calibrating(run, metrics)
             state.bad_in_a_row = state.bad_in_a_row + 1 if bad else 0
             if state.bad_in_a_row > MOST_SKIPPED:
-                if state.rollbacks == MOST_ROLLBACKS:
-                    return diverged(run, state, metrics)
-                saved = roll_back(run, state, saver, start)
+                if state.rollbacks == MOST_ROLLBACKS or state.exhausted:
+                    why, saved = diverged(run, state, metrics), state.step
+                    break
+                roll_back(run, state, saver, start)
+                save(run, state, saver, opened.tokenizer)
+                saved = state.step
                 continue
             last = state.step == steps or state.exhausted
             scores: dict[str, Any] = {}
@@ -299,13 +302,23 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
                 saved, owed = state.step, False
         if saved < state.step:
             save(run, state, saver, opened.tokenizer)
-        code = ending(run, state, late=late, saved=saver.wait() and not hopeless)
-        if not hub.finish(hurried=stop.requested):
-            tracker.note(
-                f"the newest checkpoint is not on the Hub: {hub.metrics()['hub_error'] or 'no answer in time'}"
-            )
-            return code or EXIT_UNPUSHED
-        return code
+        if not run.together(state.step, "saving", saver.wait):
+            tracker.note(f"checkpoints could not be written; the newest in {run_dir}/checkpoints is what there is")
+            return EXIT_UNSAVED
+        code = ending(run, state, why)
+        hurried = stop.requested or why is LATE
+        pushed = run.together(state.step, "pushing", lambda: hub.finish(lambda: stop.requested, hurried=hurried))
+        return code or (0 if pushed else EXIT_UNPUSHED)
+
+
+def finished(mesh: Mesh, hub: Mirror, config: Config, state: TrainState, start: Path | None) -> int:
+    """Nothing is left to do, but perhaps to push."""
+    import journal
+
+    if not mesh.is_main:
+        return 0
+    journal.say_finished(config, state.step, start)
+    return 0 if hub.catch_up() else EXIT_UNPUSHED
 
 
 def calibrating(run: Run, metrics: dict[str, Any]) -> bool:
@@ -313,8 +326,8 @@ def calibrating(run: Run, metrics: dict[str, Any]) -> bool:
     return run.scale.dynamic and run.scale.value > 1 and metrics["total_loss"] is not None
 
 
-def roll_back(run: Run, state: TrainState, saver: Saver, start: Path | None) -> int:
-    """Put the run back to the newest checkpoint from before its bad steps, or to its beginning; the step of that.
+def roll_back(run: Run, state: TrainState, saver: Saver, start: Path | None) -> None:
+    """Put the run back to the newest checkpoint from before its bad steps, or to its beginning.
 
     The data go on from here: what the run failed on is behind it.
     """
@@ -326,11 +339,8 @@ def roll_back(run: Run, state: TrainState, saver: Saver, start: Path | None) -> 
     run.drop_gradients()
     root, before = Path(run.config.run.dir, "checkpoints"), state.step - state.bad_in_a_row
 
-    def before_it() -> Path | None:
-        saver.wait()
-        return checkpoint.latest(root, most=before)
-
-    found = run.mesh.from_main(on_main(run.mesh, before_it)) or start
+    run.together(state.step, "saving", saver.wait)
+    found = run.mesh.from_main(on_main(run.mesh, lambda: checkpoint.latest(root, most=before))) or start
     then = resume.TrainState.read(found) if found is not None else None
     put_back(run.config, run.model, run.optimizers, run.scale, then or state, found)
     failed, state.bad_in_a_row, state.rollbacks = state.step, 0, state.rollbacks + 1
@@ -342,10 +352,9 @@ def roll_back(run: Run, state: TrainState, saver: Saver, start: Path | None) -> 
         f"no finite gradient for {MOST_SKIPPED + 1} steps, the last of them {failed}: back to step {state.step}, past "
         f"the data seen since ({state.rollbacks} of {MOST_ROLLBACKS} times)"
     )
-    return state.step
 
 
-def diverged(run: Run, state: TrainState, metrics: dict[str, Any]) -> int:
+def diverged(run: Run, state: TrainState, metrics: dict[str, Any]) -> str:
     import journal
 
     if run.mesh.is_main:
@@ -354,7 +363,7 @@ def diverged(run: Run, state: TrainState, metrics: dict[str, Any]) -> int:
             f"no finite gradient for {MOST_SKIPPED + 1} steps, after {MOST_ROLLBACKS} times back to a checkpoint: "
             f"stopped at step {state.step}; lower optim.lr; norms of every parameter and gradient are in {path}"
         )
-    return EXIT_DIVERGED
+    return DIVERGED
 
 
 def polling(run: Run, step: int) -> Callable[[], bool]:
@@ -367,17 +376,21 @@ def polling(run: Run, step: int) -> Callable[[], bool]:
     return stop
 
 
-def ending(run: Run, state: TrainState, *, late: bool, saved: bool) -> int:
-    """Say why the run is over; the exit code."""
+def ending(run: Run, state: TrainState, why: str | Exception | None) -> int:
+    """Say why the run is over; the exit code. Raises `why` where that is an error."""
     import journal
 
     config, note = run.config, run.tracker.note
-    if not saved:
-        note(f"checkpoints could not be written; the newest in {config.run.dir}/checkpoints is what there is")
+    if isinstance(why, Exception):
+        raise why
+    if why is DIVERGED:
+        return EXIT_DIVERGED
+    if why is HOPELESS:
+        note(f"only now could a checkpoint be written: stopped after step {state.step}; the same command goes on")
         return EXIT_UNSAVED
     if state.exhausted:
         note(f"the sources' last epoch ended at step {state.step} of {run.steps}: this run is complete")
-    elif state.step < run.steps and late and not run.stop.requested:
+    elif state.step < run.steps and why is LATE and not run.stop.requested:
         note(
             f"train.max_minutes = {config.train.max_minutes:g} are over: stopped after step {state.step} of "
             f"{run.steps}; the same command goes on"
@@ -438,22 +451,6 @@ def fitting_rows(config: Config, mesh: Mesh, dtype: torch.dtype, available: int)
     return memory.largest_micro_batch(config, dtype=dtype, available=available, world_size=mesh.world_size)
 
 
-class Claim:
-    """A run's folder, locked from when it is there until `cleanup`."""
-
-    def __init__(self, folder: Path, cleanup: contextlib.ExitStack):
-        self.folder, self.cleanup, self.held = folder, cleanup, False
-
-    def take(self, *, make: bool = False) -> None:
-        import checkpoint
-
-        if make:
-            checkpoint.make_folder(self.folder)
-        if not self.held and self.folder.exists():
-            self.cleanup.enter_context(checkpoint.locked(self.folder))
-            self.held = True
-
-
 def make_folder(run_dir: Path, claim: Claim, *, afresh: bool) -> None:
     """The run's folder, writable and ours; `afresh` first moves an earlier run aside.
 
@@ -466,7 +463,10 @@ def make_folder(run_dir: Path, claim: Claim, *, afresh: bool) -> None:
         if afresh:
             resume.move_aside(run_dir)
             claim.held &= run_dir.exists()  # the lock went with the earlier run
+        late = not claim.held and run_dir.exists() and checkpoint.latest(run_dir / "checkpoints") is not None
         claim.take(make=True)
+        if late:
+            raise UserError(f"run.dir = {str(run_dir)!r}: another process has made it meanwhile; start again")
         checkpoint.make_folder(run_dir / "checkpoints")
         for name in ("config.yaml", "metrics.jsonl", "samples.md"):  # now, not when there is something to lose
             (run_dir / name).open("a").close()
@@ -483,6 +483,7 @@ def save(run: Run, state: TrainState, saver: Saver, tokenizer: PreTrainedTokeniz
     import resume
 
     run.progress(state.step, "saving")
+    run.together(state.step, "saving", saver.wait)  # the one before
     generators = run.mesh.to_main(resume.rng_state(run.mesh.device))
 
     def contents() -> Contents:
@@ -559,6 +560,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return report(error)
     except RuntimeError as error:
+        if type(error).__name__ == "RankError":
+            report(UserError(str(error)))
+            return 1
         if type(error).__name__ != "OutOfMemoryError":  # torch may not be imported
             raise
         report(UserError(f"out of memory; the same command goes on from the last checkpoint; {LESS_MEMORY}"))

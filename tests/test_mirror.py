@@ -17,6 +17,8 @@ import environment
 import generate
 import mirror
 import train
+from counts import count_parameters
+from model import meta_model
 
 REPO = "hub.repo_id=someone/model"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub to its client
@@ -91,6 +93,26 @@ def test_a_hub_out_of_reach(
     told = capsys.readouterr().out
     assert "going on from" in told and "the newest checkpoint is not on the Hub" in told
     assert newest(tmp_path / "run").name == "step_00000003"
+    hub.faults.clear()
+    assert tiny("run", "train.steps=3") == 0  # finished, but not pushed yet
+    assert json.loads(hub.repos["someone/model"].head.files["LATEST.json"])["step"] == 3
+
+
+def test_a_repository_of_another_run_is_refused_before_anything_changes(
+    tiny,  # noqa: F811
+    hub: FakeModelHub,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stop_after(tiny, "run", 2, "train.steps=3", REPO)
+    before = hashes(tmp_path / "run")
+    assert tiny("run", "train.steps=3", "--resume", "never", REPO) == 2
+    assert "another run" in capsys.readouterr().err
+    assert hashes(tmp_path / "run") == before and not (tmp_path / "run.1").exists()
+    assert tiny("other", "train.steps=3", "run.name=other", REPO) == 2
+    assert "holds the run 'tiny', this one is 'other'" in capsys.readouterr().err
+    assert tiny("other", "train.steps=3", "model.hidden_size=48", REPO) == 2
+    assert "model.hidden_size" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_of_two_checkpoints_the_newer_one_wins(tiny, hub: FakeModelHub, tmp_path: Path) -> None:  # noqa: F811
@@ -112,6 +134,7 @@ def test_of_two_checkpoints_the_newer_one_wins(tiny, hub: FakeModelHub, tmp_path
 def test_without_a_repository_nothing_is_asked(hub: FakeModelHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_REPO_ID", raising=False)
     assert environment.hub_repository() is None
-    copy = mirror.Mirror(None, train.Config())
-    copy.fetch("auto", print, lambda: None)
-    assert copy.metrics() == {} and copy.finish(hurried=True) and hub.log == []
+    copy = mirror.Mirror(None, train.Config(), count_parameters(meta_model(train.Config().model)), 0)
+    copy.fetch("auto", "fp32", lambda: None)
+    copy.start()
+    assert copy.metrics() == {} and copy.finish(lambda: False, hurried=True) and copy.catch_up() and hub.log == []

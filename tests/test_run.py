@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_train import metrics, newest, text, tiny  # noqa: F401
+from test_train import ROOT, metrics, newest, text, tiny  # noqa: F401
 
 import config as configuration
 import train
@@ -80,7 +83,7 @@ def test_it_gives_up_after_three_times(
     dump = json.loads((tmp_path / "run" / "diverged.json").read_text())
     assert dump["metrics"]["skipped"] and dump["step"] == 10
     assert all(weight > 0 for weight, _ in dump["norms"].values())
-    assert None in {gradient for _, gradient in dump["norms"].values()}
+    assert [name for name, (_, gradient) in dump["norms"].items() if gradient is None] == ["model.embed_tokens.weight"]
     assert newest(tmp_path / "run").name == "step_00000004"  # and no younger one: nothing was learned since
     assert tiny("run", "checkpoint.every_steps=2") == train.EXIT_DIVERGED  # nor is it stuck in a half-way state
 
@@ -131,6 +134,30 @@ def test_out_of_memory_elsewhere_is_one_line(
     assert tiny("run") == 1
     error = capsys.readouterr().err
     assert error.startswith("error: out of memory; the same command goes on") and error.count("\n") == 1
+
+
+SLOW_WRITER = """
+import sys, time
+import checkpoint, train
+
+save = checkpoint.save
+checkpoint.save = lambda *args, **options: (time.sleep(12), save(*args, **options))[1]
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("train.max_minutes=0.02",), ("train.steps=2", "train.hang_minutes=0.1")], ids=str)
+def test_all_ranks_wait_for_the_last_checkpoint(tiny, tmp_path: Path, options: tuple[str, ...]) -> None:  # noqa: F811
+    """Were one to leave, torchrun would stop the one that writes; nor may it be taken for one that hangs."""
+    (tmp_path / "slow.py").write_text(SLOW_WRITER)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "slow.py")]
+    command = [sys.executable, *launcher, *tiny.command("run", *options)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    assert newest(tmp_path / "run").name >= "step_00000001", result.stderr
+    assert ("exitcode  : 3" if "max" in options[0] else "done: the model is in") in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("overrides", [(), ("optim.name=adamw",), ("optim.momentum_dtype=bf16",)])

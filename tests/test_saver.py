@@ -105,10 +105,14 @@ def test_a_full_disk_is_told_and_tried_again(saver: Saver, told: list[str], monk
         assert told == ["the checkpoint of step 1 could not be written: No space left; training goes on"]
         assert list(saver.root.iterdir()) == [] and not saver.hopeless
         clock.now = PATIENCE * 300.0 + 1
-        assert saver.hopeless
-    saver.save(2, lambda: contents(2.0))
+        assert not saver.hopeless  # it was tried but once
+        for step in range(2, PATIENCE + 1):
+            saver.save(step, lambda: contents(1.0))
+            assert not saver.wait()
+        assert saver.failing_since == 0.0 and saver.hopeless
+    saver.save(9, lambda: contents(2.0))
     assert saver.wait() and not saver.hopeless
-    assert saver.newest == saver.root / "step_00000002"
+    assert saver.newest == saver.root / "step_00000009"
 
 
 def test_any_other_failure_is_raised_at_the_next_step(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:

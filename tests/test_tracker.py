@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
@@ -264,3 +265,28 @@ print("done", file=sys.stderr)
         run.stdout.close()
         assert run.stderr.read() == b"done\n"
     assert run.returncode == head.returncode == 0
+
+
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    told = tracker.Tracker(tmp_path, total_steps=9, first_step=0, out=out)
+    told.log(1, {"loss": 1.0})
+    real = open
+
+    def full(path: Any, mode: str = "r", **options: Any) -> Any:
+        if "a" in mode:
+            with real(path, mode, **options) as file:
+                file.write('{"step": 2, "lo')  # what still went onto the disk
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, mode, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", full)
+        told.log(2, {"loss": 1.0})
+        told.log(3, {"loss": 1.0})
+        told.samples(3, [("a", "b")])
+    told.log(4, {"loss": 1.0})
+    assert out.getvalue().count("metrics.jsonl cannot be written: No space left on device; training goes on") == 1
+    tracker.keep_until(tmp_path, 9)
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 4]

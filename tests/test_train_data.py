@@ -15,8 +15,8 @@ import pytest
 from test_train import ROOT, TINY, hashes, learned, metrics, newest, text, tiny  # noqa: F401  # fixtures
 
 import checkpoint
-import journal
 import config as configuration
+import journal
 import sources
 import train
 from dataset import open_dataset
