@@ -334,7 +334,11 @@ def test_recompute_changes_nothing_and_routes_once(recompute: Recompute, monkeyp
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="needs torch 2.10")
 @pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")  # of its own tracing
-@pytest.mark.parametrize(("recompute", "isolated"), [("none", False), ("full", False), ("none", True), ("full", True)])
+@pytest.mark.parametrize(("recompute", "isolated"), [
+        pytest.param("none", False, marks=pytest.mark.slow), pytest.param("full", False, marks=pytest.mark.slow),
+        pytest.param("none", True, marks=pytest.mark.slow), ("full", True),
+    ],
+)  # fmt: skip
 def test_blocks_compile_without_a_graph_break(recompute: Recompute, isolated: bool) -> None:
     """Traced and differentiated by torch.compile; what Inductor makes of it is left out, it takes minutes."""
     cfg = tiny(num_hidden_layers=2, hidden_size=32, moe_intermediate_size=16)

@@ -148,7 +148,9 @@ sys.exit(train.main(sys.argv[1:]))
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("train.max_minutes=0.02",), ("train.steps=2", "train.hang_minutes=0.1")], ids=str)
+@pytest.mark.parametrize(
+    "options", [("train.max_minutes=0.6", "train.steps=100000"), ("train.steps=2", "train.hang_minutes=0.1")], ids=str
+)
 def test_all_ranks_wait_for_the_last_checkpoint(tiny, tmp_path: Path, options: tuple[str, ...]) -> None:  # noqa: F811
     """Were one to leave, torchrun would stop the one that writes; nor may it be taken for one that hangs."""
     (tmp_path / "slow.py").write_text(SLOW_WRITER)

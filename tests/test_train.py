@@ -171,7 +171,13 @@ def test_profile(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert tiny("run", "train.steps=4", "--resume", "never") == 0  # they belong to the run that is moved aside
 
 
-@pytest.mark.parametrize("options", [(), ("train.precision=bf16", "optim.name=adamw", "train.recompute=full")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),  # and many more in tests/faults
+        pytest.param(("train.precision=bf16", "optim.name=adamw", "train.recompute=full"), marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path: Path, options: tuple[str, ...]) -> None:
     """SIGKILL after the checkpoint of step 10, in another process; twice resumed; equal to the last bit."""
     if sys.platform == "win32":
