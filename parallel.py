@@ -131,6 +131,7 @@ class Watch:
         self.die = _die if die is None else die
         self.place, self.since = "the start", time.monotonic()
         self.last: dict[int, _Word] = {}  # of the other ranks
+        self.talked = time.monotonic()  # when the store answered last
         self.over = threading.Event()
         if mesh.world_size == 1:
             return
@@ -140,8 +141,11 @@ class Watch:
         port = mesh.from_main(None if own is None else own.port)
         assert port is not None
         self.store = own or store(host, port, None, False, timeout, wait_for_workers=False)
-        self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self.thread.start()
+        self.last = {rank: _Word("", self.talked, 0.0, "", "") for rank in range(mesh.world_size) if rank != mesh.rank}
+        # Two: a store whose process is frozen answers never, and whoever asks it cannot judge.
+        self.talker, judge = (threading.Thread(target=does, daemon=True) for does in (self._talk, self._judge))
+        self.talker.start()
+        judge.start()
 
     def at(self, place: str) -> None:
         """This rank's main thread has come on to `place`."""
@@ -157,44 +161,44 @@ class Watch:
             told = f"rank {self.mesh.rank}, {self.place}: {self.blame()}"
         self.over.set()
         if self.mesh.world_size > 1:
-            self.thread.join()
+            self.talker.join(2 * BEAT_SEC)
         if told:
             raise RankError(f"{told} ({str(error).splitlines()[0][:200]})") from error
 
     def blame(self) -> str:
         """The other rank that is silent, or else behind all others, for a message."""
-        if not self.last:
-            return "no other rank was heard of"
         now = time.monotonic()
         there = {rank: word for rank, word in self.last.items() if not word.done} or self.last
+        if 0 in there and now - self.talked > 5 * BEAT_SEC:  # no word of anyone: the store's own rank
+            there = {0: there[0]}
         rank, word = max(there.items(), key=lambda item: (now - item[1].heard > 5 * BEAT_SEC, item[1].age(now)))
         silent = now - word.heard
         what = f"silent for {silent:.0f} s" if silent > 5 * BEAT_SEC else f"stuck for {word.age(now):.0f} s"
         return f"rank {rank} on {word.host or 'an unknown machine'} is {what}, last seen at {word.place or 'the start'}"
 
-    def _run(self) -> None:
-        mine, host = str(self.mesh.rank), socket.gethostname()
-        others = [rank for rank in range(self.mesh.world_size) if rank != self.mesh.rank]
-        self.last = {rank: _Word("", time.monotonic(), 0.0, "", "") for rank in others}
-        beat, lost = 0, False
-        while not self.over.wait(min(BEAT_SEC, self.timeout_sec / 10)):
-            beat += 1
-            age = time.monotonic() - self.since
-            try:
-                if not lost:
-                    self.store.set(mine, f"{beat}|{age:.1f}|{host}|{self.place}")
-                    for rank in others:
-                        self._hear(rank)
-            except RuntimeError:  # it died with rank 0, which is silent from now on; so are all others, but not as long
-                lost = True
-                self.last[0] = self.last[0]._replace(heard=self.last[0].heard - self.timeout_sec / 2)
+    def _talk(self) -> None:
+        mine, host, beat = str(self.mesh.rank), socket.gethostname(), 0
+        with contextlib.suppress(RuntimeError):  # the store died with rank 0
+            while not self.over.wait(self._pause):
+                beat += 1
+                self.store.set(mine, f"{beat}|{time.monotonic() - self.since:.1f}|{host}|{self.place}")
+                for rank in self.last:
+                    self._hear(rank)
+                self.talked = time.monotonic()
+            self.store.set(mine, f"{beat + 1}|0|{host}|{_DONE}")
+
+    def _judge(self) -> None:
+        while not self.over.wait(self._pause):
             now = time.monotonic()
             silent = any(now - word.heard > self.timeout_sec for word in self.last.values() if not word.done)
-            if silent or age > 1.5 * self.timeout_sec:  # a collective that can, has given up by then
-                self.die(f"rank {mine}, {self.place}: {self.blame()}")
+            # A collective that can, has given up by one and a half.
+            if silent or now - self.since > 1.5 * self.timeout_sec:
+                self.die(f"rank {self.mesh.rank}, {self.place}: {self.blame()}")
                 return
-        with contextlib.suppress(RuntimeError):
-            self.store.set(mine, f"{beat + 1}|0|{host}|{_DONE}")
+
+    @property
+    def _pause(self) -> float:
+        return min(BEAT_SEC, self.timeout_sec / 10)
 
     def _hear(self, rank: int) -> None:
         raw = self.store.get(str(rank)).decode() if self.store.check([str(rank)]) else ""

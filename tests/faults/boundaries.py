@@ -193,10 +193,11 @@ def _refused(bench: Bench, disk: Disk) -> None:
     if refused is not None:
         assert refused == disk.code
         left = sorted(path.name for path in bench.root.iterdir())
-        old = [f"step_{step:08d}" for step in (2, 3, 4)]
-        assert left in (old, [*old, "step_00000005"]), left  # the rename is done where a directory cannot be synced
+        new = [f"step_{step:08d}" for step in (3, 4)]  # for want of room the oldest may go
+        # The rename is done where a directory cannot be synced.
+        assert [name for name in left if name not in ("step_00000002", "step_00000005")] == new, left
     disk.left = 0
-    assert len(bench.intact()) >= 3, bench.intact()
+    assert len(bench.intact()) >= 2, bench.intact()
     save(bench.root, 6, bench.keep)
     names = sorted(path.name for path in bench.root.iterdir())
     assert names == [f"step_{step:08d}" for step in bench.intact()] and names[-1] == "step_00000006", names

@@ -33,7 +33,7 @@ def at(server: FakeModelHub, lab: Lab, every_sec: float = 0.0) -> tuple[str, dic
 def session(lab: Lab, name: str, options: tuple[str, ...], fault: Any, last: int) -> tuple[Result, int]:
     """A machine with an empty disk trains until `last` more steps are seen, and dies; the steps it has taken."""
     shutil.rmtree(lab[name], ignore_errors=True)
-    running = lab.start(name, *options, faults=[fault], timeout=600)
+    running = lab.start(name, *options, faults=[fault], timeout=1200)
     pid = running.pids[0]
     while os.path.exists(f"/proc/{pid}") and _steps(lab, name) < last:
         if "Z" in _state(pid):
@@ -60,7 +60,7 @@ def _state(pid: int) -> str:
 def colab(lab: Lab, server: FakeModelHub, name: str, steps: int, mean: int, case: Any) -> None:
     """Sessions of `mean` steps on the average; a checkpoint every 10, pushed as soon as the one before is up."""
     options = (f"train.steps={steps}", "checkpoint.keep=2", "eval.every_steps=100000")
-    alone = lab.run(f"{name}-alone", *options, "checkpoint.every_steps=100000", timeout=600)
+    alone = lab.run(f"{name}-alone", *options, "checkpoint.every_steps=100000", timeout=1200)
     assert alone.code == 0, alone
     draw, taken, deaths = random.Random(name), 0, 0
     while True:
@@ -78,6 +78,7 @@ def colab(lab: Lab, server: FakeModelHub, name: str, steps: int, mean: int, case
     case.figures |= {"deaths": deaths, "goodput": round(steps / taken, 4), "steps": steps}
 
 
+@pytest.mark.slow
 def test_one_death_and_an_empty_disk(lab: Lab, server: FakeModelHub, row: Callable[[str], Any]) -> None:
     with row("Colab") as case:
         colab(lab, server, "colab-short", 24, 14, case)
@@ -86,7 +87,7 @@ def test_one_death_and_an_empty_disk(lab: Lab, server: FakeModelHub, row: Callab
 @pytest.mark.slow
 def test_a_simulated_colab(lab: Lab, server: FakeModelHub, row: Callable[[str], Any]) -> None:
     with row("Colab") as case:
-        colab(lab, server, "colab", 8000, 800, case)
+        colab(lab, server, "colab", 4000, 500, case)
         case.check("" if case.figures["goodput"] >= GOODPUT else case.figures, "goodput")
 
 

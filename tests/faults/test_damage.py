@@ -158,7 +158,7 @@ def test_nothing_intact_is_told(lab: Lab, row: Callable[[str], Any]) -> None:
 
 def test_a_full_disk_at_every_operation_of_a_save(lab: Lab, tmp_path: Path, row: Callable[[str], Any]) -> None:
     with row("F7") as case:
-        result = lab.call("boundaries:refuse_everywhere", str(tmp_path / "work"), str(tmp_path / "report.json"))
+        result = lab.call("boundaries:refuse_everywhere", str(tmp_path / "work"), str(tmp_path / "report.json"), 2)
         assert result.code == 0, result
         found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
         case.tried += found["cases"]

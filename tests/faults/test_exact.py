@@ -38,7 +38,7 @@ def combination(optimizer: str, precision: str, accumulation: int) -> tuple[list
     return options, [("fp16", {})] if precision == "fp16" else []
 
 
-FAST = [("muon", "bf16", 4, 1), ("adamw", "fp32", 1, 1), ("muon", "fp16", 1, 1)]
+FAST = [("adamw", "bf16", 4, 1), ("muon", "fp16", 1, 1)]
 ALL = list(itertools.product(("muon", "adamw"), ("fp32", "bf16", "fp16"), (1, 4), (1, 2)))
 
 

@@ -126,10 +126,10 @@ def test_going_back_again_and_again_ends(lab: Lab, row: Callable[[str], Any]) ->
 # ---- memory
 
 
-def out_of_memory(lab: Lab, name: str, times: int, case: Any, *, ranks: int = 1, step: int = 3) -> None:
-    options = ("train.steps=6", "optim.ns_dtype=fp32", "optim.eps=1e-6")
+def out_of_memory(lab: Lab, name: str, times: int, case: Any, *more: str, ranks: int = 1) -> None:
+    options = ("train.steps=6", "optim.ns_dtype=fp32", "optim.eps=1e-6", *more)
     reference = lab.reference(*options, ranks=ranks)
-    fault = ("out_of_memory", {"step": step, "times": times, "only_rank": ranks - 1})
+    fault = ("out_of_memory", {"step": 3, "times": times, "only_rank": ranks - 1})
     result = lab.run(name, *options, faults=[fault], ranks=ranks)
     case.check("" if result.codes == [0] * ranks and "out of memory" in result.out() else result, name)
     mine, theirs = lines(lab[name]), lines(lab[reference])
@@ -160,4 +160,4 @@ def test_memory_for_not_even_one_row(lab: Lab, row: Callable[[str], Any]) -> Non
 @pytest.mark.dist
 def test_too_little_memory_on_one_of_two_ranks(lab: Lab, row: Callable[[str], Any]) -> None:
     with row("F22") as case:
-        out_of_memory(lab, "memory-rank", 1, case, ranks=2)
+        out_of_memory(lab, "memory-rank", 1, case, "train.batch_tokens=128", "train.micro_batch=2", ranks=2)

@@ -24,7 +24,10 @@ def lost(lab: Lab, name: str, what: str, rank: int, case: Any, *, resumed: bool 
     result = lab.run(name, *OPTIONS, faults=[fault], ranks=2, linger=1.0)
     left = 1 - rank
     case.check("" if result.codes[left] in (1, 2) else result, f"{name}: exit code")
-    case.check("" if f"rank {rank}" in result.err(left) and "step 6" in result.err(left) else result, f"{name}: named")
+    case.check(
+        "" if f"rank {rank} on " in result.err(left) and "last seen at" in result.err(left) else result,
+        f"{name}: named",
+    )
     took = result.seconds[left]
     case.check("" if took < HANG_SEC + 10 else f"{took:.1f} s", f"{name}: in time")
     case.figures[f"{what}: s until the other had ended"] = round(took, 1)

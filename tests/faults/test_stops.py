@@ -136,7 +136,8 @@ def test_a_hundred_sigterms(lab: Lab, row: Callable[[str], Any]) -> None:
             done = len(lines(lab[name]))
             os.kill(running.pids[0], signal.SIGTERM)
             result = running.wait()
-            if result.code == 0:
+            ended = (newest(lab[name]) or lab[name]).name == "step_00000030"
+            if result.code == 0 or (result.code == -signal.SIGTERM and ended):  # it had come to its end before
                 case.failures += [problem for problem in (same_end(lab[name], reference),) if problem]
                 chain, begun = chain + 1, False
                 continue
