@@ -71,6 +71,7 @@ ELSEWHERE: dict[str, tuple[tuple[str, str], ...]] = {
         ("test_environment.py", "secrets"),
     ),
     "F27": (("test_foreign.py", ""), ("test_hub.py", "no_name_leads|without_end|latest_that_is_none")),
+    "F30": (("test_resume.py", "version_before|another_kind"),),
 }  # fmt: skip
 CADENCE_SEC = 300.0  # checkpoint.every_minutes' default
 PAIRS, STEPS, EVERY = 5, 26, 2  # of the overhead's runs: pairs, steps, steps between saves

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import checkpoints
 import config_table
 import export
+import fault_matrix
 import inspect_data
 import prepare_data
 import pytest
@@ -190,6 +191,7 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "python generate.py": check_generate,
     "python scripts/checkpoints.py": check_checkpoints,
     "python scripts/export.py": check_export,
+    "python scripts/fault_matrix.py": fault_matrix.parse,
     "python scripts/inspect_data.py": check_script(inspect_data, "_open"),
     "python scripts/prepare_data.py": check_script(prepare_data, "prepare"),
     "python scripts/train_tokenizer.py": check_script(train_tokenizer, "make"),

@@ -51,6 +51,7 @@ def test_resume_is_exact(lab: Lab, row: Callable[[str], Any], case: tuple[str, s
         tried.check(chain(lab, name, [*options, "train.steps=6"], (2, 5), ranks=ranks, faults=faults), name)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_resume_of_two_ranks_is_exact(lab: Lab, row: Callable[[str], Any]) -> None:
     options, faults = combination("muon", "fp32", 4)

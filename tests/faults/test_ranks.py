@@ -43,7 +43,7 @@ def lost(lab: Lab, name: str, what: str, rank: int, case: Any, *, resumed: bool 
 
 def test_a_rank_that_is_killed(lab: Lab, row: Callable[[str], Any]) -> None:
     with row("F20") as case:
-        lost(lab, "killed-1", "die", 1, case)
+        lost(lab, "killed-1", "die", 1, case, resumed=False)
 
 
 def test_a_rank_that_hangs(lab: Lab, row: Callable[[str], Any]) -> None:
@@ -54,6 +54,7 @@ def test_a_rank_that_hangs(lab: Lab, row: Callable[[str], Any]) -> None:
 @pytest.mark.slow
 def test_rank_0_is_gone(lab: Lab, row: Callable[[str], Any]) -> None:
     with row("F20") as case:
+        lost(lab, "killed-again", "die", 1, case)
         lost(lab, "killed-0", "die", 0, case)
         lost(lab, "frozen-0", "freeze", 0, case)
 
@@ -98,6 +99,8 @@ def test_a_rank_without_data(lab: Lab, row: Callable[[str], Any], rank: int) -> 
         case.check("" if result.codes == [2, 2] and max(result.seconds) < 30 else result, name)
         case.check("" if checkpoints(lab[name]) == ["step_00000003"] else checkpoints(lab[name]), name)
         case.check("" if len(lines(lab[name])) == 3 else len(lines(lab[name])), name)
+        if rank:
+            return
         again = lab.run(name, "train.steps=8", "checkpoint.every_steps=1000", ranks=2)
         reference = lab[lab.reference("train.steps=8", "checkpoint.every_steps=2", ranks=2)]
         case.check(same_end(lab[name], reference) if again.codes == [0, 0] else again, name)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from lab import ROOT, Lab, Running, checkpoints, lines, newest, same_end
 
 GOLDEN = ROOT / "tests" / "fixtures" / "checkpoint-v1"
@@ -41,7 +42,7 @@ def test_the_lock_of_a_dead_run(lab: Lab, row: Callable[[str], Any]) -> None:
     """It ends with the process that held it, even where its data processes live on for a moment."""
     name = "stale"
     with row("F25") as case:
-        first = lab.start(name, "data.workers=2", faults=[("slow_steps", {"seconds": 0.15})])
+        first = lab.start(name, "data.workers=1", faults=[("slow_steps", {"seconds": 0.15})])
         wait_for_steps(lab, name, first, 3)
         os.kill(first.pids[0], signal.SIGKILL)
         second = lab.run(name)
@@ -72,6 +73,7 @@ def golden(lab: Lab, folder: Path) -> list[str]:
     return ["--config", str(GOLDEN / "config.yaml"), f"data.sources={GOLDEN / 'text.txt'}", f"run.dir={folder}"]
 
 
+@pytest.mark.slow  # its short form is in test_resume.py
 def test_a_checkpoint_of_the_version_before(lab: Lab, row: Callable[[str], Any]) -> None:
     with row("F30") as case:
         command = golden(lab, lab["golden"])

@@ -77,7 +77,7 @@ def test_a_signal_in_a_phase(lab: Lab, row: Callable[[str], Any], phase: str) ->
     number = SIGNALS[PHASES.index(phase) % len(SIGNALS)]
     with row("F9") as case:
         to = "group" if phase in ("workers", "data") else "self"
-        problem = stopped(lab, f"signal-{phase}", phase, number, to=to, go_on=phase in ("accumulation", "save"))
+        problem = stopped(lab, f"signal-{phase}", phase, number, to=to, go_on=phase == "save")
         case.check(problem, f"{signal.Signals(number).name} in {phase}")
 
 
@@ -185,7 +185,7 @@ def test_a_signal_to_torchrun(lab: Lab, row: Callable[[str], Any]) -> None:
 def test_a_deadline_is_kept(lab: Lab, row: Callable[[str], Any]) -> None:
     """The run has ended, its checkpoint on the disk, when its minutes are over; where saving takes 2 seconds, too."""
     with row("F10") as case:
-        for name, minutes, sync_sec in (("plain", 0.06, 0.0), ("slow-disk", 0.14, 0.2)):
+        for name, minutes, sync_sec in (("slow-disk", 0.12, 0.2),):
             name = f"deadline-{name}"
             options = ("train.steps=100000", "checkpoint.every_steps=20", f"train.max_minutes={minutes}")
             slow = ("slow_files", {"root": str(lab[name]), "seconds": sync_sec})
