@@ -482,12 +482,8 @@ def verify(path: Path) -> dict[str, Any]:
         if not FILE_NAME.fullmatch(file) or not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
             raise CheckpointError(f"{path / MANIFEST}: bad entry {file!r}")
         _verify_file(path / file, entry)
-    for stray in path.iterdir():  # would be read beside, or in place of, what was checked
-        if (
-            stray.name not in files
-            and re.search(r"\.safetensors|\.json$|^tokenizer", stray.name)
-            and stray.name != MANIFEST
-        ):
+    for stray in path.glob("*.safetensors*"):  # would shadow a file that was checked
+        if stray.name not in files:
             raise CheckpointError(f"{stray}: not in the manifest")
     return manifest
 

@@ -253,7 +253,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         while state.step < steps and not state.exhausted:
             saver.check()
             batch = next_batch(clock, loader, stop)
-            margin = SPARE * (clock.lap() + saver.longest_sec)
+            margin = SPARE * (clock.lap() + (1 + saver.busy) * saver.longest_sec)
             late = time.monotonic() - started + margin > 60 * (config.train.max_minutes or math.inf)
             late, ended, failed, hopeless, due = mesh.any(
                 late, batch is None, isinstance(batch, Exception), saver.hopeless, mesh.is_main and saver.due()

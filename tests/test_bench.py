@@ -146,6 +146,7 @@ def test_another_token_is_allowed_after_a_near_tie_only() -> None:
     assert bench.same_tokens(model, [1, 2], [7, order[0]], [7, order[1]], "x") == 1
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left_out = {"transformers batched_mm fp32": "copies 9 GiB of expert weights"}
     monkeypatch.setattr(bench, "step_names", lambda _: (["ours fp32"], left_out))

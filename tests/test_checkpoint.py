@@ -396,7 +396,7 @@ def killed(at: int, work: Callable[[], object]) -> bool:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize(("keep", "step", "seed"), [(2, 30, 30), (1, 20, 77)])
+@pytest.mark.parametrize(("keep", "step", "seed"), [(2, 30, 30), pytest.param(1, 20, 77, marks=pytest.mark.slow)])
 def test_killed_at_every_boundary(tmp_path: Path, keep: int, step: int, seed: int) -> None:
     """A new step with deletion of the oldest, and a step written anew with other content."""
     for at in range(1, 100):

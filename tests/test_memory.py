@@ -23,6 +23,7 @@ import train
 from config import Config, ModelConfig, UserError
 from dataset import tokens_ahead
 from model import Router
+from run import Run
 from signals import StopFlag
 from stream import Batch, Cursor, Tally
 from tracker import Tracker
@@ -46,7 +47,7 @@ def small(**changes: Any) -> Config:
     return Config(**{name: sections.get(name, {}) | changes.get(name, {}) for name in {*sections, *changes}})
 
 
-def run_for(config: Config, dtype: torch.dtype, device: torch.device = CPU, *, assumed: bool = True) -> train.Run:
+def run_for(config: Config, dtype: torch.dtype, device: torch.device = CPU, *, assumed: bool = True) -> Run:
     """A run; with `assumed` its tokens choose experts as `memory.loads` has it."""
     model = build(config.model, dtype=dtype, recompute=config.train.recompute, paths=config.ops).to(device)
     tokens, active = config.micro_rows * config.data.seq_len, config.model.num_experts_per_tok
@@ -54,13 +55,14 @@ def run_for(config: Config, dtype: torch.dtype, device: torch.device = CPU, *, a
     expert_NA = torch.repeat_interleave(torch.arange(len(load_E)), load_E).view(active, -1).T.contiguous().to(device)
     for router in (module for module in model.modules() if isinstance(module, Router) and assumed):
         router.register_forward_hook(lambda module, args, out: (expert_NA, *out[1:]))
-    return train.Run(
+    return Run(
         config, parallel.Mesh(0, 1, device), model, model, optim.Optimizers(model, config.optim),
-        optim.LossScale(), 10, StopFlag(), Tracker(None, total_steps=10, first_step=0), 0,
+        optim.LossScale(), 10, StopFlag(), Tracker(None, total_steps=10, first_step=0),
+        parallel.Watch(parallel.Mesh(0, 1, device), 60.0), 0,
     )  # fmt: skip
 
 
-def batch_for(run: train.Run) -> Batch:
+def batch_for(run: Run) -> Batch:
     config = run.config
     rows = config.rows_per_step // run.mesh.world_size
     shape = (rows, config.data.seq_len + tokens_ahead(config))

@@ -96,6 +96,7 @@ def gone(group):
     return False
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_and_started_again_it_comes_to_the_same_bytes(corpus, tmp_path, workers):

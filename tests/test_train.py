@@ -171,6 +171,7 @@ def test_profile(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert tiny("run", "train.steps=4", "--resume", "never") == 0  # they belong to the run that is moved aside
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -200,6 +201,7 @@ def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path: Path, options: 
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_three_chained_resumes_drop_later_metrics(tiny, tmp_path: Path) -> None:
     assert tiny("whole") == 0
     for last in (4, 9, 15):

@@ -91,6 +91,7 @@ def test_a_simulated_colab(lab: Lab, server: FakeModelHub, row: Callable[[str], 
         case.check("" if case.figures["goodput"] >= GOODPUT else case.figures, "goodput")
 
 
+@pytest.mark.slow
 def test_a_hub_that_refuses(lab: Lab, server: FakeModelHub, row: Callable[[str], Any]) -> None:
     """Told with the next step that is logged, by metrics and exit code; the steps are all taken."""
     server.faults.append(Fault("POST .*/commit/", "403", 10**6))

@@ -83,6 +83,7 @@ def test_one_bit_of_the_momentum_would_be_noticed(lab: Lab) -> None:
     assert "tensors differ" in same_end(lab["one-bit"], lab[lab.reference()])
 
 
+@pytest.mark.slow
 def test_crash_resume_crash_before_a_save(lab: Lab, row: Callable[[str], Any]) -> None:
     """Killed twice between the same two checkpoints, then stopped, then killed again: each document once."""
     options = ("train.steps=10", "checkpoint.every_steps=4")

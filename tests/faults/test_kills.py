@@ -99,6 +99,7 @@ def killed_and_resumed(lab: Lab, name: str, options: tuple[str, ...], boundary: 
     return f"{left} is left over" if left else same_end(lab[name], reference)
 
 
+@pytest.mark.slow
 def test_a_run_killed_during_a_save(lab: Lab, row: Callable[[str], Any]) -> None:
     with row("F1") as case:
         for number, (boundary, torn) in enumerate(sampled(boundaries(lab, FAST))):

@@ -99,6 +99,7 @@ def test_six_in_a_row_go_back_to_a_checkpoint(lab: Lab, row: Callable[[str], Any
         case.figures["rows passed over"] = seen[1] - seen[0] - rows
 
 
+@pytest.mark.slow
 def test_killed_after_going_back(lab: Lab, row: Callable[[str], Any]) -> None:
     """What was saved during the bad steps is not what a resume goes on from: the run ends as the one not killed."""
     options = ("train.steps=12", "checkpoint.every_steps=2")

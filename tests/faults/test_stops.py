@@ -182,6 +182,7 @@ def test_a_signal_to_torchrun(lab: Lab, row: Callable[[str], Any]) -> None:
 # ---- time
 
 
+@pytest.mark.slow
 def test_a_deadline_is_kept(lab: Lab, row: Callable[[str], Any]) -> None:
     """The run has ended, its checkpoint on the disk, when its minutes are over; where saving takes 2 seconds, too."""
     with row("F10") as case:
