@@ -145,7 +145,7 @@ def save(
 
     `tensors` holds a mapping of tensors per group ("model", "optimizer"), on any device, views and copies welcome;
     `files` are written as they are. A directory of this step that holds the same bytes already is left alone. Raises
-    OSError (a full disk) and CheckpointError (not what was written): then nothing of it is left.
+    OSError (a full disk; nothing of it is left) and CheckpointError (not what was written; it is moved aside).
     """
     known = set() if known is None else known
     make_folder(root)
@@ -196,7 +196,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _forget(path: Path) -> None:
-    """Drop a synced file from the page cache: what is read back comes from the disk."""
+    """Ask the system to drop a synced file from its page cache, so that it is read back from the disk."""
     if hasattr(os, "posix_fadvise"):
         descriptor = os.open(path, os.O_RDONLY)
         try:

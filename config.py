@@ -273,7 +273,7 @@ class TrainConfig(Section):
         default=10, gt=0, description="minutes after which ranks that wait for one that hangs name it and end the run"
     )
     deterministic: bool = Field(
-        default=False, description="on a GPU: the same bits every time, with slower kernels (a CPU's always are)"
+        default=False, description="torch's deterministic algorithms, for the same bits every time on a GPU"
     )
     micro_batch: Annotated[
         int | None, BeforeValidator(lambda value: None if value == "auto" else value), NullWord("auto")

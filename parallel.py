@@ -123,7 +123,7 @@ class Watch:
     """Names the rank that hangs or has died, and ends this process, with one line, after `timeout_sec`.
 
     A thread of every rank tells a store on rank 0 that it lives and how far its main thread is. Collectives alone would
-    not say whom they wait for, and NCCL's do not return. As a context it adds that to a collective's own error.
+    not say whom they wait for. As a context it adds that to a collective's own error.
     """
 
     def __init__(self, mesh: Mesh, timeout_sec: float, die: Callable[[str], None] | None = None):
