@@ -353,3 +353,14 @@ def test_a_card_with_a_similar_name_is_measured(name: str, monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: f"NVIDIA {name}")
     monkeypatch.setattr(torch, "randn", lambda *shape, device, dtype: real(4, 4))
     assert "measured" in parallel.peak_flops(torch.device("cuda", 0), torch.float16)[1]
+
+
+def test_deterministic_arithmetic_is_torch_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    parallel.set_arithmetic("fp32", CPU)
+    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    try:
+        parallel.set_arithmetic("fp32", CPU, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import ROOT, metrics, newest, text, tiny  # noqa: F401
+from test_train import ROOT, metrics, newest, stop_after, text, tiny  # noqa: F401
 
+import checkpoint
 import config as configuration
 import train
 from resume import TrainState
@@ -134,6 +137,40 @@ def test_out_of_memory_elsewhere_is_one_line(
     assert tiny("run") == 1
     error = capsys.readouterr().err
     assert error.startswith("error: out of memory; the same command goes on") and error.count("\n") == 1
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_exit_code(
+    tiny,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    assert tiny("run", "train.steps=2") == train.EXIT_UNSAVED
+    told = capsys.readouterr().out
+    assert "the checkpoint of step 2 could not be written: No space left on device; training goes on" in told
+    assert "checkpoints could not be written; the newest in" in told
+
+
+def test_a_copied_folder_goes_on_and_unsafe_disks_are_told(
+    tiny,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stop_after(tiny, "run", 2, "train.steps=4")
+    assert "network drive" not in capsys.readouterr().out
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "run")
+    monkeypatch.setattr(checkpoint, "network_drive", lambda _: "fuse")
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    assert tiny("copy", "train.steps=4") == 0
+    told = capsys.readouterr().out
+    assert "after step 2" in told and "run.dir is on a network drive (fuse)" in told
+    assert "the disk of Colab goes with the session" in told
+    assert [line["step"] for line in metrics(tmp_path / "copy")] == [1, 2, 3, 4]
 
 
 SLOW_WRITER = """
