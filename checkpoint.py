@@ -259,7 +259,7 @@ def prune(root: Path, keep: int, *, never: Path | None = None, known: Known | No
 def set_newer_aside(root: Path, step: int) -> None:
     """Checkpoints past `step` are of a way that was given up: a start must not find them."""
     for path in _checkpoints(root, moved_aside=True):
-        if int(path.name[5:13]) > step:
+        if step_of(path) > step:
             _quarantine(path, "diverged")
 
 
@@ -438,6 +438,13 @@ def find(path: Path | str) -> Path:
     )
 
 
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint, moved aside or not."""
+    match = STEP.match(path.name)
+    assert match is not None, path
+    return int(match[1])
+
+
 def latest(root: Path, *, quarantine: bool = False, most: int | None = None) -> Path | None:
     """The newest intact checkpoint in `root`, of at most step `most`. Damaged ones are skipped with a logged warning.
 
@@ -445,7 +452,7 @@ def latest(root: Path, *, quarantine: bool = False, most: int | None = None) -> 
     """
     damaged: list[Path] = []
     for path in _checkpoints(root, moved_aside=True):
-        if most is not None and int(path.name[5:13]) > most:
+        if most is not None and step_of(path) > most:
             continue
         try:
             verify(path)

@@ -164,11 +164,10 @@ def say_done(config: Config) -> None:
     _say_next(config)
 
 
-def say_finished(config: Config, step: int, start: Path | None) -> int:
+def say_finished(config: Config, step: int, start: Path | None) -> None:
     place = clean(str(start))
     print(f"{config.run.name} is finished: {place} is step {step}, and no more are asked for; nothing was changed")
     _say_next(config)
-    return 0
 
 
 def _say_next(config: Config) -> None:

@@ -54,8 +54,8 @@ class Mirror:
             if theirs is None:
                 return
             self._check(theirs, local)
-            if local is not None and int(local.name[5:13]) >= theirs.step:
-                self.ahead = local if int(local.name[5:13]) > theirs.step else None
+            if local is not None and checkpoint.step_of(local) >= theirs.step:
+                self.ahead = local if checkpoint.step_of(local) > theirs.step else None
                 return
             self._check_config(theirs, precision)
             self.run_id = theirs.run
@@ -150,4 +150,4 @@ class Mirror:
     def _card(self, path: Path) -> dict[str, bytes]:
         assert self.repo_id is not None
         total, active = self.counts.total + self.counts.mtp, self.counts.active_with_head
-        return card.files(self.folder, repo_id=self.repo_id, step=int(path.name[5:13]), total=total, active=active)
+        return card.files(self.folder, repo_id=self.repo_id, step=checkpoint.step_of(path), total=total, active=active)

@@ -111,7 +111,7 @@ class Pusher:
         """How far the Hub is behind, in steps and seconds; the last failure, None when all is well."""
         with self._changed:
             offers = self._offers
-            newest = int(offers[-1][0].name[5:13]) if offers else None
+            newest = checkpoint.step_of(offers[-1][0]) if offers else None
             return {
                 "hub_pushed_step": self.pushed_step,
                 "hub_lag_steps": 0 if newest is None else max(0, newest - (self.pushed_step or 0)),

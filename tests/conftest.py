@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from fake_model_hub import FakeModelHub
 
 # Waiting OpenMP threads otherwise spin, and on busy cores tiny tests take many times as long. Subprocesses inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -21,3 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU and a CUDA build of torch"))
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeModelHub]:
+    """A Hub of model repositories on this machine, which this process's huggingface_hub talks to."""
+    import fake_model_hub
+
+    with fake_model_hub.served(monkeypatch, tmp_path) as hub:
+        yield hub

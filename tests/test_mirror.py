@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fake_model_hub import TOKEN, FakeModelHub, Fault
-from huggingface_hub import constants
 from test_train import hashes, learned, metrics, newest, stop_after, text, tiny  # noqa: F401
 
 import checkpoint
@@ -25,17 +23,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeModelHub]:
-    """Where huggingface_hub finds the Hub in this test."""
-    with FakeModelHub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")[2]
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}" + template)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(mirror, "FLUSH_SEC", 30.0)
-        yield hub
+def hub(server: FakeModelHub, monkeypatch: pytest.MonkeyPatch) -> FakeModelHub:
+    """What a run waits for at its end is short."""
+    monkeypatch.setattr(mirror, "FLUSH_SEC", 30.0)
+    return server
 
 
 def test_an_empty_machine_goes_on_from_the_hub(

@@ -356,7 +356,8 @@ def test_a_card_with_a_similar_name_is_measured(name: str, monkeypatch: pytest.M
 
 
 def test_deterministic_arithmetic_is_torch_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     parallel.set_arithmetic("fp32", CPU)
     assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     try:

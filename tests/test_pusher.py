@@ -7,10 +7,8 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
-import fake_model_hub
 import huggingface_hub
 import pytest
 from fake_model_hub import NAME, RUN, TOKEN, Driven, FakeModelHub, Fault, contents, save, titles, tree_is_whole
@@ -25,12 +23,6 @@ from text import safe_text
 # huggingface_hub hands httpx the file it uploads in a way that httpx calls out of date.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 COMMIT = r"POST .*/commit/main"
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeModelHub]:
-    with fake_model_hub.served(monkeypatch, tmp_path) as server:
-        yield server
 
 
 # ---- the everyday path

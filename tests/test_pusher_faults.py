@@ -19,12 +19,6 @@ COMMIT = r"POST .*/commit/main"
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeModelHub]:
-    with fake_model_hub.served(monkeypatch, tmp_path) as server:
-        yield server
-
-
-@pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with fake_model_hub.impatient(monkeypatch):
         yield
