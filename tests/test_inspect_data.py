@@ -85,7 +85,8 @@ def test_trace_names_the_documents_of_a_step(corpus, capsys, packing):
 
 
 def test_trace_goes_on_from_the_nearest_line_of_the_metrics(corpus, tmp_path, capsys, monkeypatch):
-    config = load("quickstart", [f"data.sources={corpus}", *SETTINGS])
+    # Not runs/quickstart: whoever has run the quickstart has its metrics there.
+    config = load("quickstart", [f"data.sources={corpus}", f"run.dir={tmp_path / 'nothing'}", *SETTINGS])
     dataset = open_dataset(config)
     capsys.readouterr()
     batches = list(itertools.islice(dataset.feed(config, Cursor()).batches(), 9))
