@@ -61,7 +61,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def columns(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The width of every terminal."""
     size = SimpleNamespace(columns=80)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: size)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda fallback=(80, 24): size)
     return size
 
 
