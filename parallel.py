@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 import re
@@ -326,6 +327,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return product_flops(device, dtype, size), f"{name}, measured product of {size}x{size} matrices"
 
 
+@functools.cache
 def product_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """Floating-point operations per second of a product of square matrices, the best of up to 20."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

@@ -334,18 +334,19 @@ def test_recompute_changes_nothing_and_routes_once(recompute: Recompute, monkeyp
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="needs torch 2.10")
 @pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")  # of its own tracing
-@pytest.mark.parametrize(("recompute", "isolated"), [
-        pytest.param("none", False, marks=pytest.mark.slow), pytest.param("full", False, marks=pytest.mark.slow),
-        pytest.param("none", True, marks=pytest.mark.slow), ("full", True),
+@pytest.mark.parametrize(("recompute", "isolated", "backend"), [
+        *(pytest.param(recompute, isolated, "aot_eager", marks=pytest.mark.slow)
+          for recompute in ("none", "full") for isolated in (False, True)),
+        ("full", True, "eager"),
     ],
 )  # fmt: skip
-def test_blocks_compile_without_a_graph_break(recompute: Recompute, isolated: bool) -> None:
-    """Traced and differentiated by torch.compile; what Inductor makes of it is left out, it takes minutes."""
+def test_blocks_compile_without_a_graph_break(recompute: Recompute, isolated: bool, backend: str) -> None:
+    """Traced by torch.compile, and differentiated (aot_eager). What Inductor makes of it takes minutes."""
     cfg = tiny(num_hidden_layers=2, hidden_size=32, moe_intermediate_size=16)
     tokens, targets = tokens_for(cfg), tokens_for(cfg, length=25, seed=9)
     paths = OpsConfig(experts="grouped", attention="sdpa", loss="chunked")
     plain, compiled = (build(cfg, dtype=torch.bfloat16, recompute=recompute, paths=paths) for _ in range(2))
-    compiled.compile_blocks(fullgraph=True, backend="aot_eager")
+    compiled.compile_blocks(fullgraph=True, backend=backend)
     doc_ids, positions = ops.documents(targets[:, :24], eos=int(targets[0, 7])) if isolated else (None, None)
     for model in (plain, compiled):
         losses_of(model, tokens, targets, positions=positions, doc_ids=doc_ids).loss.backward()

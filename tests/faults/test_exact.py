@@ -133,7 +133,7 @@ def resized(lab: Lab, worlds: Sequence[int], steps: int, case: Any) -> None:
 @pytest.mark.dist
 def test_another_number_of_ranks(lab: Lab, row: Callable[[str], Any]) -> None:
     with row("F13") as case:
-        resized(lab, (2, 1), 10, case)
+        resized(lab, (2, 1), 40, case)  # the first twenty on two
 
 
 @pytest.mark.slow

@@ -75,6 +75,8 @@ def continued(lab: Lab, name: str, options: tuple[str, ...], reference: Any, ran
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_in_a_phase(lab: Lab, row: Callable[[str], Any], phase: str) -> None:
     number = SIGNALS[PHASES.index(phase) % len(SIGNALS)]
+    if phase == "workers":
+        number = signal.SIGINT  # Ctrl-C reaches all of them
     with row("F9") as case:
         to = "group" if phase in ("workers", "data") else "self"
         problem = stopped(lab, f"signal-{phase}", phase, number, to=to, go_on=phase == "save")
