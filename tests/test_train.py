@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +69,24 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def tiny(tmp_path: Path, text: Path):
-    """Run `train.main` on the tiny configuration; the run's folder is `tmp_path/<name>`."""
-    (tmp_path / "tiny.yaml").write_text(TINY, encoding="utf-8")
+def runs_in(folder: Path, text: Path) -> Callable[..., int]:
+    """Run `train.main` on the tiny configuration; the run's folder is `folder/<name>`."""
+    (folder / "tiny.yaml").write_text(TINY, encoding="utf-8")
 
     def command(name: str, *arguments: str) -> list[str]:
-        overrides = [f"run.dir={tmp_path / name}", f"data.sources={text}"]
-        return ["--config", str(tmp_path / "tiny.yaml"), *overrides, *arguments]
+        overrides = [f"run.dir={folder / name}", f"data.sources={text}"]
+        return ["--config", str(folder / "tiny.yaml"), *overrides, *arguments]
 
     def start(name: str, *arguments: str) -> int:
         return train.main(command(name, *arguments))
 
     start.command = command  # type: ignore[attr-defined]
     return start
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, text: Path):
+    return runs_in(tmp_path, text)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -336,6 +341,14 @@ def test_a_tokenizer_out_of_sight_does_not_matter_on_resume(
     assert tiny("run", *options, "train.steps=3") == 0
 
 
+@pytest.fixture(scope="module")
+def stopped(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was stopped after its first step."""
+    folder = tmp_path_factory.mktemp("stopped")
+    stop_after(runs_in(folder, text), "run", 1)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
@@ -351,15 +364,13 @@ def test_a_tokenizer_out_of_sight_does_not_matter_on_resume(
     ],
 )
 def test_what_must_not_change(
-    tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, parts: list[str]
+    stopped: Path, text: Path, capsys: pytest.CaptureFixture[str], change: str, parts: list[str]
 ) -> None:
-    stop_after(tiny, "run", 1)
-    before = hashes(tmp_path / "run")
-    capsys.readouterr()
-    assert tiny("run", change) == 2
+    before = hashes(stopped)
+    assert runs_in(stopped, text)("run", change) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(part in error for part in parts), error
-    assert hashes(tmp_path / "run") == before
+    assert hashes(stopped) == before
 
 
 def test_what_may_change(tiny, tmp_path: Path, text: Path) -> None:
@@ -535,10 +546,7 @@ def test_an_overflow_halves_the_scale_and_touches_no_state(tiny, tmp_path: Path)
     [(160, 4), pytest.param(160, 20, marks=pytest.mark.slow), pytest.param(256, 20, marks=pytest.mark.slow)],
 )
 def test_two_ranks_equal_one(tiny, tmp_path: Path, batch_tokens: int, steps: int) -> None:
-    """torchrun with gloo DDP against one process on the same global batch; 160 tokens are 5 rows, dealt 2 and 3.
-
-    tests/faults/test_exact.py has more steps, in forked processes.
-    """
+    """torchrun with gloo DDP against one process on the same global batch; 160 tokens are 5 rows, dealt 2 and 3."""
     options = (
         f"train.batch_tokens={batch_tokens}", f"train.steps={steps}", "train.micro_batch=1", "optim.ns_dtype=fp32",
         "optim.eps=1e-6",
