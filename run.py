@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import threading
 import time
@@ -10,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 import checkpoint
@@ -20,7 +18,7 @@ from config import Config, OpsConfig
 from model import DeepSeekV3, init_weights, meta_model
 from ops import DTYPES
 from optim import LossScale, Optimizers, uses_muon
-from parallel import Mesh, Watch
+from parallel import Mesh, Watch, free_memory, parallelize
 from resume import TrainState
 from signals import StopFlag
 from tracker import Tracker
@@ -90,10 +88,10 @@ class Run:
         rows = self.config.micro_rows // 2
         if rows == 0:
             return False
+        self.replica = self.model  # DDP's buckets go, in whatever state
         self.drop_gradients()
-        gc.collect()
-        if self.mesh.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self.mesh.device)
+        self.replica = parallelize(self.model, self.mesh)
         self.config = self.config.with_micro_batch(rows)
         self.tracker.note(f"out of memory: {rows} rows at a time from now on; a step is the same rows as before")
         return True

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from data import Loader
     from metrics import Clock
     from mirror import Mirror
+    from model import LossWeights
     from parallel import Mesh
     from resume import Claim, TrainState
     from run import Run
@@ -61,14 +62,13 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
     """One optimizer step over this rank's rows; its metrics, or None when a signal came before anything changed."""
     import torch
 
-    from data import inputs
     from metrics import step_metrics
     from model import LossWeights
     from optim import clip_gradients, lr_at, update_router_bias
-    from parallel import synchronised
+    from parallel import abandon
 
     config, mesh, depth = run.config, run.mesh, run.config.model.num_nextn_predict_layers
-    data, rows = config.data, config.rows_per_step
+    rows = config.rows_per_step
     # Sums over global counts: accumulation and uneven ranks are right by construction. DDP divides by the world size.
     unit, *mtp_units = (run.scale.value * mesh.world_size / max(1, count) for count in batch.num_targets)
     mtp_weight = run.weight_at(step)
@@ -92,30 +92,15 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
         # With more turns than rows (one row at a time, dealt unevenly) a rank idles on its first row, weighing nothing:
         # DDP has collectives in forward, too, so all ranks must make the same calls.
         idle = part.start == part.stop
-        last = number == len(parts) - 1
-        rows_BX = batch.tokens[slice(0, 1) if idle else part].to(mesh.device, non_blocking=True)
-        given = inputs(
-            rows_BX, data.seq_len, run.eos, packed=data.packing == "best_fit", isolated=data.document_mask,
-            crossing=data.cross_targets,
-        )  # fmt: skip
-        try:
-            with synchronised(run.replica, last=last):
-                out = run.replica(
-                    given.tokens, given.targets, positions=given.positions, doc_ids=given.doc_ids,
-                    loss_weights=nothing if idle else weights,
-                )  # fmt: skip
-                out.loss.backward()
-        except torch.OutOfMemoryError:
-            if last and mesh.world_size > 1:  # the others may be exchanging gradients by now: no vote can be held
-                raise
-            full = True
-            continue
-        if not idle:
-            counted = (out.nats, out.num_correct, out.balance, out.expert_counts)
-            part_sums = torch.cat([tensor.detach().double().flatten() for tensor in counted])
+        rows_BX = batch.tokens[slice(0, 1) if idle else part]
+        part_sums = add_gradients(run, rows_BX, nothing if idle else weights, last=number == len(parts) - 1)
+        full = part_sums is None
+        if not idle and part_sums is not None:
             sums = part_sums if sums is None else sums + part_sums
         run.progress(step + (number + 1) / len(parts), f"micro-batch {number + 1}/{len(parts)}")
     if full:
+        abandon(run.replica)
+    if any(mesh.any(full)):
         raise OutOfMemory
     assert sums is not None
     mesh.sum(sums)
@@ -135,6 +120,32 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
     run.scale.update(finite)
     metrics = step_metrics(step_sums, batch.num_targets, rows, mtp_weight, config)
     return metrics | {"lr": lr, "grad_norm": grad_norm if finite else None, "skipped": not finite, "counts": counts_LE}
+
+
+def add_gradients(run: Run, rows_BX: Tensor, weights: LossWeights, *, last: bool) -> Tensor | None:
+    """Forward and backward of a micro-batch; the sums of `train_step`, flat, or None where memory ran out."""
+    import torch
+
+    from data import inputs
+    from parallel import synchronised
+
+    data = run.config.data
+    try:
+        with synchronised(run.replica, last=last):
+            given = inputs(
+                rows_BX.to(run.mesh.device, non_blocking=True), data.seq_len, run.eos,
+                packed=data.packing == "best_fit", isolated=data.document_mask, crossing=data.cross_targets,
+            )  # fmt: skip
+            out = run.replica(
+                given.tokens, given.targets, positions=given.positions, doc_ids=given.doc_ids, loss_weights=weights
+            )
+            out.loss.backward()
+        counted = (out.nats, out.num_correct, out.balance, out.expert_counts)
+        return torch.cat([tensor.detach().double().flatten() for tensor in counted])
+    except (RuntimeError, MemoryError) as error:
+        if not environment.out_of_memory(error):
+            raise
+        return None
 
 
 class OutOfMemory(Exception):
@@ -229,8 +240,10 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         tracker = Tracker(run_dir if mesh.is_main else None, total_steps=steps, first_step=state.step)
         mesh = parallel.for_training(mesh, 60 * config.train.hang_minutes)
         watch = cleanup.enter_context(parallel.Watch(mesh, 60 * config.train.hang_minutes))
-        replica, eos = parallel.parallelize(model, mesh), opened.encoder.eos
-        run = Run(config, mesh, model, replica, optimizers, scale, steps, stop, tracker, watch, eos)
+        eos = opened.encoder.eos
+        run = Run(
+            config, mesh, model, parallel.parallelize(model, mesh), optimizers, scale, steps, stop, tracker, watch, eos
+        )
         if mesh.is_main:
             hardware = f"{precision} on {peak_name}: {peak / 1e12:.2f} TFLOP/s"
             journal.announce(run, counts, state, start, held_out, (hardware, *opened.notes, *told))
@@ -559,11 +572,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         return report(error)
-    except RuntimeError as error:
-        if type(error).__name__ == "RankError":
+    except (RuntimeError, MemoryError) as error:
+        if type(error).__name__ == "RankError":  # torch may not be imported
             report(UserError(str(error)))
             return 1
-        if type(error).__name__ != "OutOfMemoryError":  # torch may not be imported
+        if not environment.out_of_memory(error):
             raise
         report(UserError(f"out of memory; the same command goes on from the last checkpoint; {LESS_MEMORY}"))
         return 1
