@@ -66,8 +66,17 @@ class TrainState:
     ops: dict[str, str] = field(default_factory=dict)  # the paths taken, see probe.py
     bad_in_a_row: int = 0  # steps skipped last, for want of a finite gradient
     rollbacks: int = 0
+    rows_asked: int = 0  # at a time, of which memory was too small; 0: it was not
+    rows_fitting: int = 0
     environment: dict[str, Any] = field(default_factory=dict)  # torch's version, the device, the number of ranks
     origin: str = ""  # SHA-256 of the manifest of the checkpoint that --resume PATH branched off from
+
+    def rows(self, asked: int) -> int:
+        """Rows at a time: as asked for, or what such a request came to before."""
+        return self.rows_fitting if asked == self.rows_asked else asked
+
+    def keep_rows(self, asked: int, now: int) -> None:
+        self.rows_asked, self.rows_fitting = (asked, now) if now < asked else (0, 0)
 
     def ended(self, config: Config, steps: int) -> bool:
         """Whether there is nothing left to do: no step is asked for, or no document is left and no epoch was added."""
@@ -114,8 +123,11 @@ class TrainState:
         cursor = Cursor.from_dict(self.cursor)
         numbers = [cursor.row, *(number for place in cursor.places for number in astuple(place))]
         numbers += [self.step, self.tokens, self.skipped_steps, self.bad_in_a_row, self.rollbacks]
+        numbers += [self.rows_asked, self.rows_fitting]
         if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
             raise ValueError("a count out of range")
+        if self.rows_asked and not 0 < self.rows_fitting < self.rows_asked:
+            raise ValueError("rows_fitting")
         if any(type(value) not in (bool, int, float) for value in self.loss_scale.values()):
             raise ValueError("loss_scale")
         if self.loss_scale.keys() - {"dynamic", "value", "good_steps", "growth_interval"}:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
-    from data import Loader
+    from data import Loader, Validation
     from metrics import Clock
     from mirror import Mirror
     from model import LossWeights
@@ -173,7 +173,6 @@ def micro_batches(rows: int, number: int) -> list[slice]:
 def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False, profile: bool = False) -> int:
     """Train to the end, to a signal or to a time; the process's exit code."""
     import checkpoint
-    import evals
     import journal
     import mirror
     import parallel
@@ -227,6 +226,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
             if state.ended(config, steps):
                 return finished(mesh, hub, config, state, start)
             state.config, state.precision, state.exhausted = resume.learned(config), precision, False
+            config = config.with_micro_batch(state.rows(rows))
         else:
             learned = resume.learned(config)
             state = resume.TrainState(learned, precision=precision, fallback=opened.fallback, **known)
@@ -282,12 +282,8 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
             clock.step_done(config.train.batch_tokens)
             if profiler is not None:
                 profiler.step()
-            state.step, state.tokens = state.step + 1, state.tokens + config.train.batch_tokens
-            state.cursor, state.exhausted = batch.cursor.to_dict(), batch.last
-            state.loss_scale = asdict(scale) if scale.dynamic else {}
-            state.skipped_steps += metrics["skipped"]
-            bad = metrics["skipped"] and not calibrating(run, metrics)
-            state.bad_in_a_row = state.bad_in_a_row + 1 if bad else 0
+            bad = advance(run, state, batch, metrics)
+            state.keep_rows(rows, run.config.micro_rows)
             if state.bad_in_a_row > MOST_SKIPPED:
                 if state.rollbacks == MOST_ROLLBACKS or state.exhausted:
                     why, saved = diverged(run, state, metrics), state.step
@@ -299,10 +295,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
             last = state.step == steps or state.exhausted
             scores: dict[str, Any] = {}
             if last or state.step % config.eval.every_steps == 0:
-                isolated = eos if config.data.document_mask else None
-                scores = evals.evaluate(
-                    model, held_out, rows=run.config.micro_rows, mesh=mesh, eos=isolated, stop=polling(run, state.step)
-                )
+                scores = validate(run, held_out, state.step)
             if scores or last or state.step % config.log.every_steps == 0:
                 entry = journal.log_entry(run, state, batch, metrics, clock, loader, flops / peak)
                 entry["save_wait_sec"] = round(saver.stall_sec, 4)
@@ -332,6 +325,17 @@ def finished(mesh: Mesh, hub: Mirror, config: Config, state: TrainState, start: 
         return 0
     journal.say_finished(config, state.step, start)
     return 0 if hub.catch_up() else EXIT_UNPUSHED
+
+
+def advance(run: Run, state: TrainState, batch: Batch, metrics: dict[str, Any]) -> bool:
+    """The state after a step; whether that was skipped for want of a finite gradient."""
+    state.step, state.tokens = state.step + 1, state.tokens + run.config.train.batch_tokens
+    state.cursor, state.exhausted = batch.cursor.to_dict(), batch.last
+    state.loss_scale = asdict(run.scale) if run.scale.dynamic else {}
+    state.skipped_steps += metrics["skipped"]
+    bad = metrics["skipped"] and not calibrating(run, metrics)
+    state.bad_in_a_row = state.bad_in_a_row + 1 if bad else 0
+    return bad
 
 
 def calibrating(run: Run, metrics: dict[str, Any]) -> bool:
@@ -379,14 +383,18 @@ def diverged(run: Run, state: TrainState, metrics: dict[str, Any]) -> str:
     return DIVERGED
 
 
-def polling(run: Run, step: int) -> Callable[[], bool]:
-    """What long work calls now and then: tells that it goes on, and whether to stop."""
+def validate(run: Run, held_out: Validation, step: int) -> dict[str, float | None]:
+    """The scores of `evals.evaluate`; empty where a signal came before its end."""
+    import evals
 
     def stop() -> bool:
         run.progress(step, "evaluating")
         return run.stop.requested
 
-    return stop
+    return evals.evaluate(
+        run.model, held_out, rows=run.config.micro_rows, mesh=run.mesh, stop=stop, note=run.tracker.note,
+        eos=run.eos if run.config.data.document_mask else None,
+    )  # fmt: skip
 
 
 def ending(run: Run, state: TrainState, why: str | Exception | None) -> int:

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import ROOT, metrics, newest, stop_after, text, tiny  # noqa: F401
+from test_train import ROOT, learned, metrics, newest, stop_after, text, tiny  # noqa: F401
 
 import checkpoint
 import config as configuration
 import train
-from resume import TrainState
+from resume import STATE_FILE, TrainState
 from run import checkpoint_bytes
 
 
@@ -113,6 +113,18 @@ def test_out_of_memory_halves_the_rows_and_loses_no_step(
     for ours, theirs in zip(metrics(tmp_path / "small"), metrics(tmp_path / "whole"), strict=True):
         assert ours["step"] == theirs["step"] and ours["tokens"] == theirs["tokens"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+    # What fits is kept on resume, unless other rows are asked for: equal bits, no step tried in vain.
+    stop_after(tiny, "parts", 3, "train.steps=6")
+    capsys.readouterr()
+    assert tiny("parts", "train.steps=6") == 0
+    assert "out of memory" not in capsys.readouterr().out
+    assert learned(tmp_path / "parts") == learned(tmp_path / "small")
+    assert (newest(tmp_path / "parts") / STATE_FILE).read_bytes() == (
+        newest(tmp_path / "small") / STATE_FILE
+    ).read_bytes()
+    assert tiny("parts", "train.steps=7", "train.micro_batch=2") == 0
+    assert capsys.readouterr().out.count("out of memory: ") == 1
 
     def never(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
