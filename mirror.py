@@ -25,11 +25,11 @@ HURRIED_SEC = 15.0  # after a signal: 30 s is what torchrun and spot machines gi
 
 
 class Mirror:
-    """Of rank 0; without a repository (`repo_id` None) everything is a no-op."""
+    """Of rank 0; without a repository (`repo_id` None) everything is a no-op. What it verifies is added to `known`."""
 
-    def __init__(self, repo_id: str | None, config: Config, counts: Counts, num_bytes: int):
+    def __init__(self, repo_id: str | None, config: Config, counts: Counts, num_bytes: int, known: checkpoint.Known):
         self.repo_id, self.config, self.folder = repo_id, config, Path(config.run.dir)
-        self.counts, self.num_bytes = counts, num_bytes
+        self.counts, self.num_bytes, self.known = counts, num_bytes, known
         self.note: Callable[[str], None] = print
         self.pusher: Pusher | None = None
         self.run_id = ""
@@ -48,7 +48,7 @@ class Mirror:
             self.run_id = str(checkpoint.read_json(place).get("run", ""))
         if resume_from != "auto":
             return
-        local = self.ahead = checkpoint.latest(root, quarantine=True)
+        local = self.ahead = checkpoint.latest(root, quarantine=True, known=self.known)
         try:
             theirs = hub.newest(self.repo_id)
             if theirs is None:
@@ -62,7 +62,9 @@ class Mirror:
             claim()
             self.remember()  # first: a folder with checkpoints and no name would be taken for another run's
             self.note(f"hub: fetching step {theirs.step} of {self.repo_id}")
-            hub.pull(self.repo_id, root, note=self.note)
+            pulled = hub.pull(self.repo_id, root, note=self.note)
+            if pulled is not None and (digest := resume.identity(pulled)):
+                self.known.add((pulled.name, digest))
             self.ahead = None
         except (Unreachable, CheckpointError) as error:
             if local is None:

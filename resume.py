@@ -151,18 +151,18 @@ def _unplaced(name: str) -> str:
     return path.name if path.is_absolute() or path.suffix or path.exists() else name
 
 
-def pick(run_dir: Path, wanted: str) -> Path | None:
+def pick(run_dir: Path, wanted: str, known: checkpoint.Known | None = None) -> Path | None:
     """The checkpoint to go on from: the newest intact one (`auto`), none (`never`) or the one given.
 
     Newer ones that are damaged are renamed, nothing else is changed; `move_aside` comes later, when everything else has
-    worked.
+    worked. What is `known` to be intact is not verified again.
     """
     checkpoints = run_dir / "checkpoints"
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run.dir = {str(run_dir)!r} is a file; give the name of a folder")
     if wanted == "never":
         return None
-    newest = checkpoint.latest(checkpoints, quarantine=True)
+    newest = checkpoint.latest(checkpoints, quarantine=True, known=known)
     if wanted == "auto":
         found = [path.name for path in checkpoints.iterdir()] if newest is None and checkpoints.is_dir() else []
         damaged = [name for name in found if checkpoint.STEP.fullmatch(name)]
@@ -228,6 +228,27 @@ class Claim:
         if not self.held and self.folder.exists():
             self.cleanup.enter_context(checkpoint.locked(self.folder))
             self.held = True
+
+
+def make_folder(claim: Claim, *, afresh: bool) -> None:
+    """The run's folder, writable and ours; `afresh` first moves an earlier run aside.
+
+    Everything else has worked by now.
+    """
+    run_dir = claim.folder
+    try:
+        if afresh:
+            move_aside(run_dir)
+            claim.held &= run_dir.exists()  # the lock went with the earlier run
+        late = not claim.held and run_dir.exists() and checkpoint.latest(run_dir / "checkpoints") is not None
+        claim.take(make=True)
+        if late:
+            raise UserError(f"run.dir = {str(run_dir)!r}: another process has made it meanwhile; start again")
+        checkpoint.make_folder(run_dir / "checkpoints")
+        for name in ("config.yaml", "metrics.jsonl", "samples.md"):  # now, not when there is something to lose
+            (run_dir / name).open("a").close()
+    except OSError as error:
+        raise UserError(f"run.dir = {str(run_dir)!r} cannot be written: {error.filename}: {error.strerror}") from None
 
 
 def move_aside(run_dir: Path) -> None:

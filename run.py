@@ -125,9 +125,10 @@ def put_back(
         setattr(scale, key, value)
 
 
-def checkpoint_bytes(config: Config) -> int:
-    """About what a checkpoint takes on disk: fp32 weights with the MTP layers' copies, both optimizers' states."""
-    model, total = meta_model(config.model), 0
+def checkpoint_bytes(config: Config, model: DeepSeekV3) -> int:
+    """About what a checkpoint of a model, on any device, takes on disk: fp32 weights with the MTP layers' copies, both
+    optimizers' states."""
+    total = 0
     tied = config.model.num_nextn_predict_layers * (
         model.model.embed_tokens.weight.numel() + model.lm_head.weight.numel()
     )

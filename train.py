@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mirror import Mirror
     from model import LossWeights
     from parallel import Mesh
-    from resume import Claim, TrainState
+    from resume import TrainState
     from run import Run
     from saver import Contents, Saver
     from stream import Batch
@@ -198,7 +198,8 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         memory = mesh.least(parallel.usable_memory(mesh.device))
         rows = mesh.from_main(on_main(mesh, lambda: fitting_rows(config, mesh, dtype, memory)))
         config = config.with_micro_batch(rows)
-        counts = count_parameters(meta_model(config.model))
+        shapes = meta_model(config.model)
+        counts = count_parameters(shapes)
         steps = num_steps(config, counts)
         flops = flops_per_token(config.model, counts, config.data.seq_len)
         peak, peak_name = parallel.peak_flops(mesh.device, dtype)
@@ -207,16 +208,18 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
 
         claim = resume.Claim(run_dir, cleanup)
         mesh.from_main(on_main(mesh, claim.take))
-        num_bytes = checkpoint_bytes(config)
+        num_bytes = checkpoint_bytes(config, shapes)
         repo_id = (config.hub.repo_id or environment.hub_repository()) if mesh.is_main else None
-        hub = mirror.Mirror(repo_id, config, counts, num_bytes)
+        verified: checkpoint.Known = set()
+        hub = mirror.Mirror(repo_id, config, counts, num_bytes, verified)
         cleanup.callback(hub.close)
         mesh.from_main(on_main(mesh, lambda: hub.fetch(resume_from, precision, lambda: claim.take(make=True))))
-        start = mesh.from_main(on_main(mesh, lambda: resume.pick(run_dir, resume_from)))
+        start = mesh.from_main(on_main(mesh, lambda: resume.pick(run_dir, resume_from, verified)))
         state = resume.read(start, config, precision, steps) if start is not None else None
         if state is not None and state.ended(config, steps) and resume.same_names(state, config):
             return finished(mesh, hub, config, state, start)  # the data may be far away
-        mesh.from_main(on_main(mesh, lambda: checkpoint.preflight(run_dir, num_bytes)))
+        keep = config.checkpoint.keep
+        tight = mesh.from_main(on_main(mesh, lambda: checkpoint.preflight(run_dir, num_bytes, keep)))
         fallback = None if state is None else state.fallback
         opened = mesh.from_main(on_main(mesh, lambda: open_dataset(config, start, fallback=fallback)))
         held_out = mesh.from_main(on_main(mesh, lambda: opened.validation(config)))
@@ -236,7 +239,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         model, optimizers, scale = build(config, mesh, precision, paths)
         put_back(config, model, optimizers, scale, state, start)
         mesh.from_main(on_main(mesh, hub.start))
-        mesh.from_main(on_main(mesh, lambda: make_folder(run_dir, claim, afresh=resume_from == "never")))
+        mesh.from_main(on_main(mesh, lambda: resume.make_folder(claim, afresh=resume_from == "never")))
         tracker = Tracker(run_dir if mesh.is_main else None, total_steps=steps, first_step=state.step)
         mesh = parallel.for_training(mesh, 60 * config.train.hang_minutes)
         watch = cleanup.enter_context(parallel.Watch(mesh, 60 * config.train.hang_minutes))
@@ -246,11 +249,12 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         )
         if mesh.is_main:
             hardware = f"{precision} on {peak_name}: {peak / 1e12:.2f} TFLOP/s"
-            journal.announce(run, counts, state, start, held_out, (hardware, *opened.notes, *told))
+            told = (hardware, *opened.notes, *told, *tight)
+            journal.announce(run, counts, state, start, held_out, told, repo_id=hub.repo_id)
             hub.begin(tracker.note)
         state.environment = journal.set_up(mesh)
         saver = Saver(
-            run_dir / "checkpoints", keep=config.checkpoint.keep, note=tracker.note, on_saved=hub.offer,
+            run_dir / "checkpoints", keep=keep, note=tracker.note, on_saved=hub.offer, known=verified,
             every_sec=None if config.checkpoint.every_minutes is None else 60 * config.checkpoint.every_minutes,
         )  # fmt: skip
         cleanup.enter_context(stop)  # until now a signal ended the program as ever: there was nothing to save
@@ -472,29 +476,6 @@ def fitting_rows(config: Config, mesh: Mesh, dtype: torch.dtype, available: int)
     return memory.largest_micro_batch(config, dtype=dtype, available=available, world_size=mesh.world_size)
 
 
-def make_folder(run_dir: Path, claim: Claim, *, afresh: bool) -> None:
-    """The run's folder, writable and ours; `afresh` first moves an earlier run aside.
-
-    Everything else has worked by now.
-    """
-    import checkpoint
-    import resume
-
-    try:
-        if afresh:
-            resume.move_aside(run_dir)
-            claim.held &= run_dir.exists()  # the lock went with the earlier run
-        late = not claim.held and run_dir.exists() and checkpoint.latest(run_dir / "checkpoints") is not None
-        claim.take(make=True)
-        if late:
-            raise UserError(f"run.dir = {str(run_dir)!r}: another process has made it meanwhile; start again")
-        checkpoint.make_folder(run_dir / "checkpoints")
-        for name in ("config.yaml", "metrics.jsonl", "samples.md"):  # now, not when there is something to lose
-            (run_dir / name).open("a").close()
-    except OSError as error:
-        raise UserError(f"run.dir = {str(run_dir)!r} cannot be written: {error.filename}: {error.strerror}") from None
-
-
 # --------------------------------------------------------------------------------------------------- what a run writes
 
 
@@ -518,6 +499,8 @@ def save(run: Run, state: TrainState, saver: Saver, tokenizer: PreTrainedTokeniz
 
     if run.mesh.is_main:
         saver.save(state.step, contents)
+    if any(run.mesh.any(saver.live)):
+        run.together(state.step, "saving", saver.wait)
 
 
 # ------------------------------------------------------------------------------------------------------------- program

@@ -8,16 +8,19 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_train import ROOT, learned, metrics, newest, stop_after, text, tiny  # noqa: F401
+from test_train import ROOT, hashes, learned, metrics, newest, stop_after, text, tiny  # noqa: F401
 
 import checkpoint
 import config as configuration
+import saver
 import train
+from model import meta_model
 from resume import STATE_FILE, TrainState
 from run import checkpoint_bytes
 
@@ -151,6 +154,30 @@ def test_out_of_memory_elsewhere_is_one_line(
     assert error.startswith("error: out of memory; the same command goes on") and error.count("\n") == 1
 
 
+def test_a_state_that_cannot_be_copied_does_not_change_while_it_is_written(
+    tiny,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ("train.steps=3", "checkpoint.every_steps=1")
+    assert tiny("whole", *options) == 0
+    real = checkpoint.save
+
+    def full(*_: Any) -> Any:
+        raise MemoryError
+
+    def slow(*arguments: Any, **named: Any) -> Path:
+        time.sleep(0.5)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(saver, "snapshot", full)
+    monkeypatch.setattr(checkpoint, "save", slow)
+    assert tiny("live", *options) == 0
+    assert "too little memory to copy the state of step 1" in capsys.readouterr().out
+    assert hashes(tmp_path / "live" / "checkpoints") == hashes(tmp_path / "whole" / "checkpoints")
+
+
 def test_a_last_checkpoint_that_cannot_be_written_is_an_exit_code(
     tiny,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -217,4 +244,4 @@ def test_the_size_of_a_checkpoint(tiny, tmp_path: Path, overrides: tuple[str, ..
     assert tiny("run", "train.steps=1", *overrides) == 0
     config = configuration.load(str(tmp_path / "tiny.yaml"), list(overrides))
     found = sum(file.stat().st_size for file in newest(tmp_path / "run").glob("[mo]*.safetensors"))
-    assert checkpoint_bytes(config) == pytest.approx(found, rel=0.1)
+    assert checkpoint_bytes(config, meta_model(config.model)) == pytest.approx(found, rel=0.1)
