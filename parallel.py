@@ -168,8 +168,11 @@ class Watch:
             raise RankError(f"{told} ({str(error).splitlines()[0][:200]})") from error
 
     def blame(self) -> str:
-        """The other rank that is silent, or else behind all others, for a message."""
+        """The other rank that is silent, or else behind all others, for a message; none where all wait at one place."""
         now = time.monotonic()
+        if all(now - word.heard < 2 * BEAT_SEC and word.place == self.place for word in self.last.values()):
+            since = min(now - self.since, *(word.age(now) for word in self.last.values()))
+            return f"all ranks are alive and have been there for {since:.0f} s; the network between them may be cut"
         there = {rank: word for rank, word in self.last.items() if not word.done} or self.last
         if 0 in there and now - self.talked > 5 * BEAT_SEC:  # no word of anyone: the store's own rank
             there = {0: there[0]}

@@ -178,6 +178,23 @@ def test_a_rank_that_fails_in_the_exchange_of_gradients_holds_up_nobody() -> Non
     assert theirs[1:3] == [1, 0]  # of two buckets
 
 
+def test_no_rank_is_blamed_where_all_wait_at_one_place() -> None:
+    watch = parallel.Watch(ALONE, 60.0)
+    now = time.monotonic()
+    watch.place, watch.since = "step 3, saving", now - 40
+
+    def word(rank: int, heard: float, place: str) -> None:
+        watch.last[rank] = parallel._Word("", now - heard, 30.0, f"host{rank}", place)
+
+    word(1, 0.5, watch.place)
+    word(2, 1.0, watch.place)
+    assert re.match("all ranks are alive and have been there for 3[01] s", watch.blame())
+    word(2, 1.0, "step 2, saving")
+    assert watch.blame().startswith("rank 2 on host2 is stuck")
+    word(2, 9.0, watch.place)
+    assert watch.blame().startswith("rank 2 on host2 is silent")
+
+
 # ---- devices
 
 
