@@ -23,7 +23,7 @@ import config as configuration
 import environment
 from config import Config, UserError
 from options import Parser
-from signals import StopFlag, Stopped
+from signals import ASKS, StopFlag, Stopped
 from text import report
 
 if TYPE_CHECKING:
@@ -50,8 +50,9 @@ SPARE = 1.25  # of the time that a step and a checkpoint took, kept free before 
 EXIT_TIME, EXIT_DIVERGED, EXIT_UNSAVED, EXIT_UNPUSHED = 3, 4, 5, 6
 EXIT_CODES = (
     "exit codes: 0 finished, 1 failed, 2 bad input, 3 train.max_minutes over, 4 diverged, 5 the last checkpoint could "
-    "not be written, 6 finished but not on the Hub, 130 stopped by SIGINT, 138 by SIGUSR1, 143 by SIGTERM (after the "
-    "codes of a time or a signal, the last step is saved)"
+    "not be written, 6 finished but not on the Hub, "
+    + ", ".join(f"{128 + number} stopped by {signal.Signals(number).name}" for number in sorted(ASKS))
+    + " (after the codes of a time or a signal, the last step is saved)"
 )
 
 
