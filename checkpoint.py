@@ -86,8 +86,9 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def preflight(folder: Path, num_bytes: int) -> None:
-    """Raise UserError unless `folder`, or the nearest one above it, can be written and has room for `num_bytes`."""
+def preflight(folder: Path, num_bytes: int, keep: int = 1) -> list[str]:
+    """Raise UserError unless `folder`, or the nearest one above it, can be written and has room for a checkpoint of
+    `num_bytes`; a line to tell where `keep` of them will not fit, with those that are there and the one under way."""
     there = folder
     while not there.exists():
         there = there.parent
@@ -106,6 +107,13 @@ def preflight(folder: Path, num_bytes: int) -> None:
             f"run.dir = {str(folder)!r}: {free / 2**30:.2f} GiB are free, a checkpoint of this run takes "
             f"{num_bytes / 2**30:.2f} GiB and a fifth to spare; free some, or give another run.dir=..."
         )
+    held = [file.stat().st_size for path in _checkpoints(folder / "checkpoints") for file in path.iterdir()]
+    needed = (max(keep, LEAST_KEPT) + 1) * num_bytes - sum(held)
+    told = (
+        f"checkpoint.keep = {keep} needs {needed / 2**30:.2f} GiB more for checkpoints, and {free / 2**30:.2f} GiB are "
+        f"free: once they are full, all but the newest {LEAST_KEPT} are deleted early"
+    )
+    return [told] if free < needed else []
 
 
 def network_drive(folder: Path, mounts: Path = Path("/proc/mounts")) -> str | None:
@@ -445,17 +453,18 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def latest(root: Path, *, quarantine: bool = False, most: int | None = None) -> Path | None:
+def latest(root: Path, *, quarantine: bool = False, most: int | None = None, known: Known | None = None) -> Path | None:
     """The newest intact checkpoint in `root`, of at most step `most`. Damaged ones are skipped with a logged warning.
 
-    With `quarantine` they are moved aside, once an intact one is found; otherwise nothing is changed.
+    With `quarantine` they are moved aside, once an intact one is found; otherwise nothing is changed. What is `known`
+    is not read again, what is found becomes known.
     """
     damaged: list[Path] = []
     for path in _checkpoints(root, moved_aside=True):
         if most is not None and step_of(path) > most:
             continue
         try:
-            verify(path)
+            _verify_once(path, set() if known is None else known)
         except CheckpointError as error:
             log.warning("skipping a damaged checkpoint: %s", error)
             damaged.append(path)

@@ -46,6 +46,12 @@ def hub_repository() -> str | None:
     return os.environ.get("HF_REPO_ID") or None
 
 
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether a GPU's or the machine's memory ran out. torch's own class by name: it may not be imported."""
+    host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return host or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
 def passing_disk() -> str | None:
     """The service this runs on, where its disk goes with the session."""
     signs = {"COLAB_RELEASE_TAG": "Colab", "KAGGLE_KERNEL_RUN_TYPE": "Kaggle"}

@@ -44,8 +44,9 @@ def warn_if_slow(mesh: Mesh, precision: str, seconds_at_peak: float) -> None:
 
 
 def announce(
-    run: Run, counts: Counts, state: TrainState, start: Path | None, held_out: Validation, told: Sequence[str]
-) -> None:
+    run: Run, counts: Counts, state: TrainState, start: Path | None, held_out: Validation, told: Sequence[str],
+    *, repo_id: str | None,
+) -> None:  # fmt: skip
     """The configuration into the run's folder; what it comes to, and what was `told`, on the screen."""
     Path(run.config.run.dir, "config.yaml").write_text(to_yaml(run.config), encoding="utf-8")
     model, config, note = run.config.model, run.config, run.tracker.note
@@ -71,7 +72,7 @@ def announce(
             changed = ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key])
             note(f"not the set-up of that checkpoint ({changed}): the same order of data, but not to the last bit")
     service = environment.passing_disk()
-    if service and not (config.hub.repo_id or environment.hub_repository()):
+    if service and repo_id is None:
         note(f"the disk of {service} goes with the session, and checkpoints with it; hub.repo_id=owner/name keeps them")
     if drive := checkpoint.network_drive(Path(config.run.dir)):
         note(

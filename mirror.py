@@ -25,11 +25,11 @@ HURRIED_SEC = 15.0  # after a signal: 30 s is what torchrun and spot machines gi
 
 
 class Mirror:
-    """Of rank 0; without a repository (`repo_id` None) everything is a no-op."""
+    """Of rank 0; without a repository (`repo_id` None) everything is a no-op. What it verifies is added to `known`."""
 
-    def __init__(self, repo_id: str | None, config: Config, counts: Counts, num_bytes: int):
+    def __init__(self, repo_id: str | None, config: Config, counts: Counts, num_bytes: int, known: checkpoint.Known):
         self.repo_id, self.config, self.folder = repo_id, config, Path(config.run.dir)
-        self.counts, self.num_bytes = counts, num_bytes
+        self.counts, self.num_bytes, self.known = counts, num_bytes, known
         self.note: Callable[[str], None] = print
         self.pusher: Pusher | None = None
         self.run_id = ""
@@ -38,7 +38,8 @@ class Mirror:
     def fetch(self, resume_from: str, precision: str, claim: Callable[[], object]) -> None:
         """Bring the repository's newest checkpoint here, if it is newer than what is here.
 
-        Raises UserError where the repository holds another run, or cannot be asked and nothing is here to go on from.
+        With `--resume PATH` that checkpoint wins, and nothing is brought. Raises UserError where the repository holds
+        another run, or cannot be asked and nothing is here to go on from.
         `claim` makes the folder ours before the first file is written.
         """
         if self.repo_id is None:
@@ -46,9 +47,13 @@ class Mirror:
         place, root = self.folder / RUN_FILE, self.folder / "checkpoints"
         if resume_from != "never" and place.exists():  # else the folder will be moved aside
             self.run_id = str(checkpoint.read_json(place).get("run", ""))
-        if resume_from != "auto":
+        if resume_from == "never":
             return
-        local = self.ahead = checkpoint.latest(root, quarantine=True)
+        local = checkpoint.latest(root, quarantine=True, known=self.known)
+        if resume_from != "auto":
+            self._adopt(resume_from, local, precision)
+            return
+        self.ahead = local
         try:
             theirs = hub.newest(self.repo_id)
             if theirs is None:
@@ -62,12 +67,33 @@ class Mirror:
             claim()
             self.remember()  # first: a folder with checkpoints and no name would be taken for another run's
             self.note(f"hub: fetching step {theirs.step} of {self.repo_id}")
-            hub.pull(self.repo_id, root, note=self.note)
+            pulled = hub.pull(self.repo_id, root, note=self.note)
+            if pulled is not None and (digest := resume.identity(pulled)):
+                self.known.add((pulled.name, digest))
             self.ahead = None
         except (Unreachable, CheckpointError) as error:
             if local is None:
                 raise UserError(f"{error}; a run may be there to go on with; to start afresh: --resume never") from None
             self.note(f"{error}; going on from {local}")
+
+    def _adopt(self, path: str, local: Path | None, precision: str) -> None:
+        """Take the repository's run for this one, which goes on from `path`, if by name and configuration it is."""
+        assert self.repo_id is not None
+        try:
+            theirs = hub.newest(self.repo_id)
+            if theirs is None:
+                return
+            self._check(theirs, local)
+            self._check_config(theirs, precision)
+        except (Unreachable, CheckpointError) as error:
+            self.note(f"{error}; going on from {local or path}")
+            return
+        self.run_id = theirs.run
+        if local is None:
+            self.note(
+                f"hub: {self.repo_id} holds step {theirs.step} of this run; it goes on from {path} all the same, and "
+                "what it pushes replaces that"
+            )
 
     def _check(self, theirs: hub.Latest, local: Path | None) -> None:
         name = self.config.run.name

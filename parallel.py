@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import inspect
 import os
 import re
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
@@ -167,8 +169,11 @@ class Watch:
             raise RankError(f"{told} ({str(error).splitlines()[0][:200]})") from error
 
     def blame(self) -> str:
-        """The other rank that is silent, or else behind all others, for a message."""
+        """The other rank that is silent, or else behind all others, for a message; none where all wait at one place."""
         now = time.monotonic()
+        if all(now - word.heard < 2 * BEAT_SEC and word.place == self.place for word in self.last.values()):
+            since = min(now - self.since, *(word.age(now) for word in self.last.values()))
+            return f"all ranks are alive and have been there for {since:.0f} s; the network between them may be cut"
         there = {rank: word for rank, word in self.last.items() if not word.done} or self.last
         if 0 in there and now - self.talked > 5 * BEAT_SEC:  # no word of anyone: the store's own rank
             there = {0: there[0]}
@@ -305,15 +310,51 @@ def parallelize(model: nn.Module, mesh: Mesh) -> nn.Module:
     # Buffers are router biases, which every rank updates from the same global counts.
     known = inspect.signature(DistributedDataParallel).parameters
     off = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in torch 2.13
-    options: dict[str, Any] = {off: False, "gradient_as_bucket_view": True, "process_group": mesh.group}
-    return DistributedDataParallel(model, **options)
+    options: dict[str, Any] = {off: False, "gradient_as_bucket_view": True}
+    return Replica(model, mesh.group, **options)
+
+
+@dataclass
+class _Exchange:
+    """How many of DDP's buckets of gradients this rank has begun to add up over ranks in a step."""
+
+    group: Any
+    begun: int = 0
+
+
+def _add_up(exchange, bucket):  # DDP takes annotations for objects
+    future = allreduce_hook(exchange.group, bucket)
+    exchange.begun += 1
+    return future
+
+
+class Replica(DistributedDataParallel):
+    """The model under DDP, which tells how far the exchange of gradients is."""
+
+    def __init__(self, model: nn.Module, group: Any, **options: Any):
+        super().__init__(model, process_group=group, **options)
+        self.exchange = _Exchange(group)
+        self.register_comm_hook(self.exchange, _add_up)
 
 
 def synchronised(model: nn.Module, last: bool) -> AbstractContextManager:
     """Around a micro-batch: gradients are reduced over ranks in the last one of a step only."""
-    if last or not isinstance(model, DistributedDataParallel):
+    if not isinstance(model, Replica):
         return contextlib.nullcontext()
-    return model.no_sync()
+    if not last:
+        return model.no_sync()
+    model.exchange.begun = 0
+    return contextlib.nullcontext()
+
+
+def abandon(model: nn.Module) -> None:
+    """After this rank failed in a step's last micro-batch: no rank waits for it, since it takes part with zeros in what
+    of the exchange is left. The step's gradients are lost, and so is the replica: all ranks need a new one."""
+    if isinstance(model, Replica):
+        free_memory(next(model.parameters()).device)
+        buckets = model.reducer._get_zeros_like_grad_buckets()[model.exchange.begun :]
+        for future in [model.reducer._run_comm_hook(bucket) for bucket in buckets]:
+            future.wait()
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
@@ -346,6 +387,13 @@ def usable_memory(device: torch.device) -> int:
         return 0
     fraction = torch.cuda.get_per_process_memory_fraction(device)
     return int(torch.cuda.get_device_properties(device).total_memory * fraction)
+
+
+def free_memory(device: torch.device) -> None:
+    """What nobody holds any more, for others to take."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_memory_gib(device: torch.device) -> float | None:

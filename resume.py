@@ -66,8 +66,17 @@ class TrainState:
     ops: dict[str, str] = field(default_factory=dict)  # the paths taken, see probe.py
     bad_in_a_row: int = 0  # steps skipped last, for want of a finite gradient
     rollbacks: int = 0
+    rows_asked: int = 0  # at a time, of which memory was too small; 0: it was not
+    rows_fitting: int = 0
     environment: dict[str, Any] = field(default_factory=dict)  # torch's version, the device, the number of ranks
     origin: str = ""  # SHA-256 of the manifest of the checkpoint that --resume PATH branched off from
+
+    def rows(self, asked: int) -> int:
+        """Rows at a time: as asked for, or what such a request came to before."""
+        return self.rows_fitting if asked == self.rows_asked else asked
+
+    def keep_rows(self, asked: int, now: int) -> None:
+        self.rows_asked, self.rows_fitting = (asked, now) if now < asked else (0, 0)
 
     def ended(self, config: Config, steps: int) -> bool:
         """Whether there is nothing left to do: no step is asked for, or no document is left and no epoch was added."""
@@ -114,8 +123,11 @@ class TrainState:
         cursor = Cursor.from_dict(self.cursor)
         numbers = [cursor.row, *(number for place in cursor.places for number in astuple(place))]
         numbers += [self.step, self.tokens, self.skipped_steps, self.bad_in_a_row, self.rollbacks]
+        numbers += [self.rows_asked, self.rows_fitting]
         if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
             raise ValueError("a count out of range")
+        if self.rows_asked and not 0 < self.rows_fitting < self.rows_asked:
+            raise ValueError("rows_fitting")
         if any(type(value) not in (bool, int, float) for value in self.loss_scale.values()):
             raise ValueError("loss_scale")
         if self.loss_scale.keys() - {"dynamic", "value", "good_steps", "growth_interval"}:
@@ -139,18 +151,18 @@ def _unplaced(name: str) -> str:
     return path.name if path.is_absolute() or path.suffix or path.exists() else name
 
 
-def pick(run_dir: Path, wanted: str) -> Path | None:
+def pick(run_dir: Path, wanted: str, known: checkpoint.Known | None = None) -> Path | None:
     """The checkpoint to go on from: the newest intact one (`auto`), none (`never`) or the one given.
 
     Newer ones that are damaged are renamed, nothing else is changed; `move_aside` comes later, when everything else has
-    worked.
+    worked. What is `known` to be intact is not verified again.
     """
     checkpoints = run_dir / "checkpoints"
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run.dir = {str(run_dir)!r} is a file; give the name of a folder")
     if wanted == "never":
         return None
-    newest = checkpoint.latest(checkpoints, quarantine=True)
+    newest = checkpoint.latest(checkpoints, quarantine=True, known=known)
     if wanted == "auto":
         found = [path.name for path in checkpoints.iterdir()] if newest is None and checkpoints.is_dir() else []
         damaged = [name for name in found if checkpoint.STEP.fullmatch(name)]
@@ -216,6 +228,27 @@ class Claim:
         if not self.held and self.folder.exists():
             self.cleanup.enter_context(checkpoint.locked(self.folder))
             self.held = True
+
+
+def make_folder(claim: Claim, *, afresh: bool) -> None:
+    """The run's folder, writable and ours; `afresh` first moves an earlier run aside.
+
+    Everything else has worked by now.
+    """
+    run_dir = claim.folder
+    try:
+        if afresh:
+            move_aside(run_dir)
+            claim.held &= run_dir.exists()  # the lock went with the earlier run
+        late = not claim.held and run_dir.exists() and checkpoint.latest(run_dir / "checkpoints") is not None
+        claim.take(make=True)
+        if late:
+            raise UserError(f"run.dir = {str(run_dir)!r}: another process has made it meanwhile; start again")
+        checkpoint.make_folder(run_dir / "checkpoints")
+        for name in ("config.yaml", "metrics.jsonl", "samples.md"):  # now, not when there is something to lose
+            (run_dir / name).open("a").close()
+    except OSError as error:
+        raise UserError(f"run.dir = {str(run_dir)!r} cannot be written: {error.filename}: {error.strerror}") from None
 
 
 def move_aside(run_dir: Path) -> None:

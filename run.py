@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import threading
 import time
@@ -10,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 import checkpoint
@@ -20,7 +18,7 @@ from config import Config, OpsConfig
 from model import DeepSeekV3, init_weights, meta_model
 from ops import DTYPES
 from optim import LossScale, Optimizers, uses_muon
-from parallel import Mesh, Watch
+from parallel import Mesh, Watch, free_memory, parallelize
 from resume import TrainState
 from signals import StopFlag
 from tracker import Tracker
@@ -90,10 +88,10 @@ class Run:
         rows = self.config.micro_rows // 2
         if rows == 0:
             return False
+        self.replica = self.model  # DDP's buckets go, in whatever state
         self.drop_gradients()
-        gc.collect()
-        if self.mesh.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self.mesh.device)
+        self.replica = parallelize(self.model, self.mesh)
         self.config = self.config.with_micro_batch(rows)
         self.tracker.note(f"out of memory: {rows} rows at a time from now on; a step is the same rows as before")
         return True
@@ -127,9 +125,10 @@ def put_back(
         setattr(scale, key, value)
 
 
-def checkpoint_bytes(config: Config) -> int:
-    """About what a checkpoint takes on disk: fp32 weights with the MTP layers' copies, both optimizers' states."""
-    model, total = meta_model(config.model), 0
+def checkpoint_bytes(config: Config, model: DeepSeekV3) -> int:
+    """About what a checkpoint of a model, on any device, takes on disk: fp32 weights with the MTP layers' copies, both
+    optimizers' states."""
+    total = 0
     tied = config.model.num_nextn_predict_layers * (
         model.model.embed_tokens.weight.numel() + model.lm_head.weight.numel()
     )

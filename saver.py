@@ -1,6 +1,7 @@
 """Saving beside training: a copy of the state in memory, then a thread that writes, syncs, hashes and reads it back.
 
-Training waits for the copy alone, and for the writer where the next checkpoint comes before it is done.
+Training waits for the copy alone, and for the writer where the next checkpoint comes before it is done, or where memory
+is too small for a copy.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
+import environment
 from config import UserError
 
 PATIENCE = 6  # failures in a row, and cadences without a checkpoint, after which a run that cannot save ends
@@ -25,22 +27,25 @@ Contents = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, bytes]]  # gro
 class Saver:
     """Writes checkpoints into `root`, one at a time.
 
-    A full disk, or anything else that the system refuses, is told by `note`, and the next checkpoint tries again; any
-    other failure of the writer is raised by the next call.
+    A full disk or memory, or anything else that the system refuses, is told by `note`, and the next checkpoint tries
+    again; any other failure of the writer is raised by the next call.
 
     Args:
         keep: how many stay, see `checkpoint.prune`.
+        known: checkpoints that were verified already.
         every_sec: between checkpoints by the clock, None: never due.
         on_saved: called, in the writer's thread, with every checkpoint that was read back.
     """
 
     def __init__(
         self, root: Path, *, keep: int, every_sec: float | None, note: Callable[[str], None],
-        on_saved: Callable[[Path], None] | None = None, clock: Callable[[], float] = time.monotonic,
+        on_saved: Callable[[Path], None] | None = None, known: checkpoint.Known | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         self.root, self.keep, self.every_sec, self.note = root, keep, every_sec, note
         self.on_saved, self.clock = on_saved, clock
-        self.known: checkpoint.Known = set()
+        self.known: checkpoint.Known = set() if known is None else known
+        self.live = False  # what is being written are the run's own tensors: they must not change
         self.newest: Path | None = None  # that this process wrote
         self.failing_since: float | None = None
         self.failures = 0  # in a row
@@ -65,11 +70,21 @@ class Saver:
         return self.failures >= PATIENCE and since is not None and self.clock() - since > patience
 
     def save(self, step: int, contents: Callable[[], Contents]) -> None:
-        """Copy what `contents` returns, and write it in the background as the checkpoint of `step`."""
+        """Copy what `contents` returns, and write it in the background as the checkpoint of `step`.
+
+        Where memory is too small for the copy, it is `live`: `wait` before the tensors change.
+        """
         start = self.clock()
         self.wait()
         tensors, files = contents()
-        copies = snapshot(tensors)
+        self.live = False
+        try:
+            copies: Mapping[str, Mapping[str, Tensor]] = snapshot(tensors)
+        except (RuntimeError, MemoryError) as error:
+            if not environment.out_of_memory(error):
+                raise
+            copies, self.live = tensors, True
+            self.note(f"too little memory to copy the state of step {step}: training waits while it is written")
         self._last = self.clock()
         self._thread = threading.Thread(target=self._write, args=(step, copies, files), name="saver")
         self._thread.start()
@@ -93,21 +108,22 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _write(self, step: int, tensors: dict[str, dict[str, Tensor]], files: Mapping[str, bytes]) -> None:
+    def _write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], files: Mapping[str, bytes]) -> None:
         start = self.clock()
         try:
             self.newest = checkpoint.save(self.root, step, tensors, files, keep=self.keep, known=self.known)
             self.failing_since, self.failures = None, 0
             self.longest_sec = max(self.longest_sec, self.clock() - start)
-        except (OSError, UserError) as error:
+        except BaseException as error:  # noqa: BLE001
+            full = environment.out_of_memory(error)
+            if not full and not isinstance(error, OSError | UserError):
+                self._error = error  # raised again where somebody can see it
+                return
             self.failures += 1
             if self.failing_since is None:
                 self.failing_since = self.clock()
-            told = f"{error.strerror}" if isinstance(error, OSError) else str(error)
+            told = "out of memory" if full else f"{error.strerror}" if isinstance(error, OSError) else str(error)
             self.note(f"the checkpoint of step {step} could not be written: {told}; training goes on")
-            return
-        except BaseException as error:  # noqa: BLE001  # raised again where somebody can see it
-            self._error = error
             return
         try:
             if self.on_saved is not None:

@@ -23,7 +23,7 @@ import config as configuration
 import environment
 from config import Config, UserError
 from options import Parser
-from signals import StopFlag, Stopped
+from signals import ASKS, StopFlag, Stopped
 from text import report
 
 if TYPE_CHECKING:
@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
-    from data import Loader
+    from data import Loader, Validation
     from metrics import Clock
     from mirror import Mirror
+    from model import LossWeights
     from parallel import Mesh
-    from resume import Claim, TrainState
+    from resume import TrainState
     from run import Run
     from saver import Contents, Saver
     from stream import Batch
@@ -49,8 +50,9 @@ SPARE = 1.25  # of the time that a step and a checkpoint took, kept free before 
 EXIT_TIME, EXIT_DIVERGED, EXIT_UNSAVED, EXIT_UNPUSHED = 3, 4, 5, 6
 EXIT_CODES = (
     "exit codes: 0 finished, 1 failed, 2 bad input, 3 train.max_minutes over, 4 diverged, 5 the last checkpoint could "
-    "not be written, 6 finished but not on the Hub, 130 stopped by SIGINT, 138 by SIGUSR1, 143 by SIGTERM (after the "
-    "codes of a time or a signal, the last step is saved)"
+    "not be written, 6 finished but not on the Hub, "
+    + ", ".join(f"{128 + number} stopped by {signal.Signals(number).name}" for number in sorted(ASKS))
+    + " (after the codes of a time or a signal, the last step is saved)"
 )
 
 
@@ -61,14 +63,13 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
     """One optimizer step over this rank's rows; its metrics, or None when a signal came before anything changed."""
     import torch
 
-    from data import inputs
     from metrics import step_metrics
     from model import LossWeights
     from optim import clip_gradients, lr_at, update_router_bias
-    from parallel import synchronised
+    from parallel import abandon
 
     config, mesh, depth = run.config, run.mesh, run.config.model.num_nextn_predict_layers
-    data, rows = config.data, config.rows_per_step
+    rows = config.rows_per_step
     # Sums over global counts: accumulation and uneven ranks are right by construction. DDP divides by the world size.
     unit, *mtp_units = (run.scale.value * mesh.world_size / max(1, count) for count in batch.num_targets)
     mtp_weight = run.weight_at(step)
@@ -92,30 +93,15 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
         # With more turns than rows (one row at a time, dealt unevenly) a rank idles on its first row, weighing nothing:
         # DDP has collectives in forward, too, so all ranks must make the same calls.
         idle = part.start == part.stop
-        last = number == len(parts) - 1
-        rows_BX = batch.tokens[slice(0, 1) if idle else part].to(mesh.device, non_blocking=True)
-        given = inputs(
-            rows_BX, data.seq_len, run.eos, packed=data.packing == "best_fit", isolated=data.document_mask,
-            crossing=data.cross_targets,
-        )  # fmt: skip
-        try:
-            with synchronised(run.replica, last=last):
-                out = run.replica(
-                    given.tokens, given.targets, positions=given.positions, doc_ids=given.doc_ids,
-                    loss_weights=nothing if idle else weights,
-                )  # fmt: skip
-                out.loss.backward()
-        except torch.OutOfMemoryError:
-            if last and mesh.world_size > 1:  # the others may be exchanging gradients by now: no vote can be held
-                raise
-            full = True
-            continue
-        if not idle:
-            counted = (out.nats, out.num_correct, out.balance, out.expert_counts)
-            part_sums = torch.cat([tensor.detach().double().flatten() for tensor in counted])
+        rows_BX = batch.tokens[slice(0, 1) if idle else part]
+        part_sums = add_gradients(run, rows_BX, nothing if idle else weights, last=number == len(parts) - 1)
+        full = part_sums is None
+        if not idle and part_sums is not None:
             sums = part_sums if sums is None else sums + part_sums
         run.progress(step + (number + 1) / len(parts), f"micro-batch {number + 1}/{len(parts)}")
     if full:
+        abandon(run.replica)
+    if any(mesh.any(full)):
         raise OutOfMemory
     assert sums is not None
     mesh.sum(sums)
@@ -135,6 +121,32 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
     run.scale.update(finite)
     metrics = step_metrics(step_sums, batch.num_targets, rows, mtp_weight, config)
     return metrics | {"lr": lr, "grad_norm": grad_norm if finite else None, "skipped": not finite, "counts": counts_LE}
+
+
+def add_gradients(run: Run, rows_BX: Tensor, weights: LossWeights, *, last: bool) -> Tensor | None:
+    """Forward and backward of a micro-batch; the sums of `train_step`, flat, or None where memory ran out."""
+    import torch
+
+    from data import inputs
+    from parallel import synchronised
+
+    data = run.config.data
+    try:
+        with synchronised(run.replica, last=last):
+            given = inputs(
+                rows_BX.to(run.mesh.device, non_blocking=True), data.seq_len, run.eos,
+                packed=data.packing == "best_fit", isolated=data.document_mask, crossing=data.cross_targets,
+            )  # fmt: skip
+            out = run.replica(
+                given.tokens, given.targets, positions=given.positions, doc_ids=given.doc_ids, loss_weights=weights
+            )
+            out.loss.backward()
+        counted = (out.nats, out.num_correct, out.balance, out.expert_counts)
+        return torch.cat([tensor.detach().double().flatten() for tensor in counted])
+    except (RuntimeError, MemoryError) as error:
+        if not environment.out_of_memory(error):
+            raise
+        return None
 
 
 class OutOfMemory(Exception):
@@ -162,7 +174,6 @@ def micro_batches(rows: int, number: int) -> list[slice]:
 def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False, profile: bool = False) -> int:
     """Train to the end, to a signal or to a time; the process's exit code."""
     import checkpoint
-    import evals
     import journal
     import mirror
     import parallel
@@ -188,7 +199,8 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         memory = mesh.least(parallel.usable_memory(mesh.device))
         rows = mesh.from_main(on_main(mesh, lambda: fitting_rows(config, mesh, dtype, memory)))
         config = config.with_micro_batch(rows)
-        counts = count_parameters(meta_model(config.model))
+        shapes = meta_model(config.model)
+        counts = count_parameters(shapes)
         steps = num_steps(config, counts)
         flops = flops_per_token(config.model, counts, config.data.seq_len)
         peak, peak_name = parallel.peak_flops(mesh.device, dtype)
@@ -197,16 +209,18 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
 
         claim = resume.Claim(run_dir, cleanup)
         mesh.from_main(on_main(mesh, claim.take))
-        num_bytes = checkpoint_bytes(config)
+        num_bytes = checkpoint_bytes(config, shapes)
         repo_id = (config.hub.repo_id or environment.hub_repository()) if mesh.is_main else None
-        hub = mirror.Mirror(repo_id, config, counts, num_bytes)
+        verified: checkpoint.Known = set()
+        hub = mirror.Mirror(repo_id, config, counts, num_bytes, verified)
         cleanup.callback(hub.close)
         mesh.from_main(on_main(mesh, lambda: hub.fetch(resume_from, precision, lambda: claim.take(make=True))))
-        start = mesh.from_main(on_main(mesh, lambda: resume.pick(run_dir, resume_from)))
+        start = mesh.from_main(on_main(mesh, lambda: resume.pick(run_dir, resume_from, verified)))
         state = resume.read(start, config, precision, steps) if start is not None else None
         if state is not None and state.ended(config, steps) and resume.same_names(state, config):
             return finished(mesh, hub, config, state, start)  # the data may be far away
-        mesh.from_main(on_main(mesh, lambda: checkpoint.preflight(run_dir, num_bytes)))
+        keep = config.checkpoint.keep
+        tight = mesh.from_main(on_main(mesh, lambda: checkpoint.preflight(run_dir, num_bytes, keep)))
         fallback = None if state is None else state.fallback
         opened = mesh.from_main(on_main(mesh, lambda: open_dataset(config, start, fallback=fallback)))
         held_out = mesh.from_main(on_main(mesh, lambda: opened.validation(config)))
@@ -216,6 +230,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
             if state.ended(config, steps):
                 return finished(mesh, hub, config, state, start)
             state.config, state.precision, state.exhausted = resume.learned(config), precision, False
+            config = config.with_micro_batch(state.rows(rows))
         else:
             learned = resume.learned(config)
             state = resume.TrainState(learned, precision=precision, fallback=opened.fallback, **known)
@@ -225,19 +240,22 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         model, optimizers, scale = build(config, mesh, precision, paths)
         put_back(config, model, optimizers, scale, state, start)
         mesh.from_main(on_main(mesh, hub.start))
-        mesh.from_main(on_main(mesh, lambda: make_folder(run_dir, claim, afresh=resume_from == "never")))
+        mesh.from_main(on_main(mesh, lambda: resume.make_folder(claim, afresh=resume_from == "never")))
         tracker = Tracker(run_dir if mesh.is_main else None, total_steps=steps, first_step=state.step)
         mesh = parallel.for_training(mesh, 60 * config.train.hang_minutes)
         watch = cleanup.enter_context(parallel.Watch(mesh, 60 * config.train.hang_minutes))
-        replica, eos = parallel.parallelize(model, mesh), opened.encoder.eos
-        run = Run(config, mesh, model, replica, optimizers, scale, steps, stop, tracker, watch, eos)
+        eos = opened.encoder.eos
+        run = Run(
+            config, mesh, model, parallel.parallelize(model, mesh), optimizers, scale, steps, stop, tracker, watch, eos
+        )
         if mesh.is_main:
             hardware = f"{precision} on {peak_name}: {peak / 1e12:.2f} TFLOP/s"
-            journal.announce(run, counts, state, start, held_out, (hardware, *opened.notes, *told))
+            told = (hardware, *opened.notes, *told, *tight)
+            journal.announce(run, counts, state, start, held_out, told, repo_id=hub.repo_id)
             hub.begin(tracker.note)
         state.environment = journal.set_up(mesh)
         saver = Saver(
-            run_dir / "checkpoints", keep=config.checkpoint.keep, note=tracker.note, on_saved=hub.offer,
+            run_dir / "checkpoints", keep=keep, note=tracker.note, on_saved=hub.offer, known=verified,
             every_sec=None if config.checkpoint.every_minutes is None else 60 * config.checkpoint.every_minutes,
         )  # fmt: skip
         cleanup.enter_context(stop)  # until now a signal ended the program as ever: there was nothing to save
@@ -269,12 +287,8 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
             clock.step_done(config.train.batch_tokens)
             if profiler is not None:
                 profiler.step()
-            state.step, state.tokens = state.step + 1, state.tokens + config.train.batch_tokens
-            state.cursor, state.exhausted = batch.cursor.to_dict(), batch.last
-            state.loss_scale = asdict(scale) if scale.dynamic else {}
-            state.skipped_steps += metrics["skipped"]
-            bad = metrics["skipped"] and not calibrating(run, metrics)
-            state.bad_in_a_row = state.bad_in_a_row + 1 if bad else 0
+            bad = advance(run, state, batch, metrics)
+            state.keep_rows(rows, run.config.micro_rows)
             if state.bad_in_a_row > MOST_SKIPPED:
                 if state.rollbacks == MOST_ROLLBACKS or state.exhausted:
                     why, saved = diverged(run, state, metrics), state.step
@@ -286,10 +300,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
             last = state.step == steps or state.exhausted
             scores: dict[str, Any] = {}
             if last or state.step % config.eval.every_steps == 0:
-                isolated = eos if config.data.document_mask else None
-                scores = evals.evaluate(
-                    model, held_out, rows=run.config.micro_rows, mesh=mesh, eos=isolated, stop=polling(run, state.step)
-                )
+                scores = validate(run, held_out, state.step)
             if scores or last or state.step % config.log.every_steps == 0:
                 entry = journal.log_entry(run, state, batch, metrics, clock, loader, flops / peak)
                 entry["save_wait_sec"] = round(saver.stall_sec, 4)
@@ -319,6 +330,17 @@ def finished(mesh: Mesh, hub: Mirror, config: Config, state: TrainState, start: 
         return 0
     journal.say_finished(config, state.step, start)
     return 0 if hub.catch_up() else EXIT_UNPUSHED
+
+
+def advance(run: Run, state: TrainState, batch: Batch, metrics: dict[str, Any]) -> bool:
+    """The state after a step; whether that was skipped for want of a finite gradient."""
+    state.step, state.tokens = state.step + 1, state.tokens + run.config.train.batch_tokens
+    state.cursor, state.exhausted = batch.cursor.to_dict(), batch.last
+    state.loss_scale = asdict(run.scale) if run.scale.dynamic else {}
+    state.skipped_steps += metrics["skipped"]
+    bad = metrics["skipped"] and not calibrating(run, metrics)
+    state.bad_in_a_row = state.bad_in_a_row + 1 if bad else 0
+    return bad
 
 
 def calibrating(run: Run, metrics: dict[str, Any]) -> bool:
@@ -366,14 +388,18 @@ def diverged(run: Run, state: TrainState, metrics: dict[str, Any]) -> str:
     return DIVERGED
 
 
-def polling(run: Run, step: int) -> Callable[[], bool]:
-    """What long work calls now and then: tells that it goes on, and whether to stop."""
+def validate(run: Run, held_out: Validation, step: int) -> dict[str, float | None]:
+    """The scores of `evals.evaluate`; empty where a signal came before its end."""
+    import evals
 
     def stop() -> bool:
         run.progress(step, "evaluating")
         return run.stop.requested
 
-    return stop
+    return evals.evaluate(
+        run.model, held_out, rows=run.config.micro_rows, mesh=run.mesh, stop=stop, note=run.tracker.note,
+        eos=run.eos if run.config.data.document_mask else None,
+    )  # fmt: skip
 
 
 def ending(run: Run, state: TrainState, why: str | Exception | None) -> int:
@@ -451,29 +477,6 @@ def fitting_rows(config: Config, mesh: Mesh, dtype: torch.dtype, available: int)
     return memory.largest_micro_batch(config, dtype=dtype, available=available, world_size=mesh.world_size)
 
 
-def make_folder(run_dir: Path, claim: Claim, *, afresh: bool) -> None:
-    """The run's folder, writable and ours; `afresh` first moves an earlier run aside.
-
-    Everything else has worked by now.
-    """
-    import checkpoint
-    import resume
-
-    try:
-        if afresh:
-            resume.move_aside(run_dir)
-            claim.held &= run_dir.exists()  # the lock went with the earlier run
-        late = not claim.held and run_dir.exists() and checkpoint.latest(run_dir / "checkpoints") is not None
-        claim.take(make=True)
-        if late:
-            raise UserError(f"run.dir = {str(run_dir)!r}: another process has made it meanwhile; start again")
-        checkpoint.make_folder(run_dir / "checkpoints")
-        for name in ("config.yaml", "metrics.jsonl", "samples.md"):  # now, not when there is something to lose
-            (run_dir / name).open("a").close()
-    except OSError as error:
-        raise UserError(f"run.dir = {str(run_dir)!r} cannot be written: {error.filename}: {error.strerror}") from None
-
-
 # --------------------------------------------------------------------------------------------------- what a run writes
 
 
@@ -497,6 +500,8 @@ def save(run: Run, state: TrainState, saver: Saver, tokenizer: PreTrainedTokeniz
 
     if run.mesh.is_main:
         saver.save(state.step, contents)
+    if any(run.mesh.any(saver.live)):
+        run.together(state.step, "saving", saver.wait)
 
 
 # ------------------------------------------------------------------------------------------------------------- program
@@ -559,11 +564,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         return report(error)
-    except RuntimeError as error:
-        if type(error).__name__ == "RankError":
+    except (RuntimeError, MemoryError) as error:
+        if type(error).__name__ == "RankError":  # torch may not be imported
             report(UserError(str(error)))
             return 1
-        if type(error).__name__ != "OutOfMemoryError":  # torch may not be imported
+        if not environment.out_of_memory(error):
             raise
         report(UserError(f"out of memory; the same command goes on from the last checkpoint; {LESS_MEMORY}"))
         return 1

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -327,8 +328,15 @@ def test_a_damaged_tensor_is_named(tmp_path: Path) -> None:
 
 
 def test_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.preflight(tmp_path / "not" / "yet", 1000)
+    assert checkpoint.preflight(tmp_path / "not" / "yet", 1000, keep=3) == []
     assert names(tmp_path) == []
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * 2**30))
+    (told,) = checkpoint.preflight(tmp_path, 2**30, keep=3)
+    assert "checkpoint.keep = 3 needs 4.00 GiB more" in told and "3.00 GiB are free" in told
+    assert checkpoint.preflight(tmp_path, 2**30, keep=2) == []
+    os.truncate(save(tmp_path / "checkpoints", 1) / "config.json", 2**30)  # what is there need not be free
+    assert checkpoint.preflight(tmp_path, 2**30, keep=3) == []
+    shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(UserError, match=r"are free, a checkpoint of this run takes 1048576\.00 GiB"):
         checkpoint.preflight(tmp_path, 2**50)
     (tmp_path / "file").write_text("")

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,3 +74,12 @@ def test_a_torch_that_is_too_old_is_one_line(version: str, works: bool, tmp_path
     if not works:
         assert result.stderr == (f"error: torch {version} is too old, 2.9 is needed: pip install -r requirements.txt\n")
         assert "torch>=2.9," in (ROOT / "requirements.txt").read_text(encoding="utf-8")
+
+
+def test_memory_that_ran_out_is_told_from_other_failures() -> None:
+    """What torch raises for a GPU and for the machine, and what Python raises."""
+    with pytest.raises(RuntimeError) as host:
+        torch.empty(10**16)
+    full = (host.value, torch.OutOfMemoryError("CUDA out of memory"), MemoryError())
+    assert all(environment.out_of_memory(error) for error in full)
+    assert not any(environment.out_of_memory(error) for error in (RuntimeError("shape"), KeyError("a"), None))

@@ -120,6 +120,32 @@ def test_rows_at_a_time_change_nothing(model: DeepSeekV3, held_out: Validation) 
     assert by_rows == pytest.approx(whole, rel=1e-6)
 
 
+@pytest.mark.parametrize("ranks", ["alone", "others"])
+def test_memory_that_runs_out_halves_the_rows(model: DeepSeekV3, held_out: Validation, ranks: str) -> None:
+    """Here, or on another rank alone; with not even one row fitting there is no score, and no end of the run."""
+    seen: list[int] = []
+    told: list[str] = []
+
+    def hidden(tokens: Tensor, **_: object) -> Any:
+        seen.append(len(tokens))
+        if ranks == "alone" and len(tokens) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return model.hidden(tokens)
+
+    class Others(OneOfSeveral):
+        def any(self, *flags: bool) -> list[bool]:
+            return [flags[0], flags[1] or seen[-1] > most]
+
+    mesh = ALONE if ranks == "alone" else Others(0, 1, CPU)
+    short: Any = SimpleNamespace(hidden=hidden, lm_head=model.lm_head, paths=model.paths)
+    whole, most = evaluate(model, held_out, rows=2, mesh=ALONE), 2
+    assert evaluate(short, held_out, rows=8, mesh=mesh, note=told.append) == whole
+    assert seen[:3] == [min(8, len(held_out.tokens)), 4, 2] and len(told) == 2 and "2 rows at a time" in told[1]
+    most = 0
+    assert evaluate(short, held_out, rows=2, mesh=mesh, note=told.append) == {}
+    assert "no validation loss" in told[-1]
+
+
 def test_nothing_is_left_behind(model: DeepSeekV3, held_out: Validation) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     generators = torch.get_rng_state()

@@ -115,17 +115,42 @@ def test_of_two_checkpoints_the_newer_one_wins(tiny, hub: FakeModelHub, tmp_path
     seen = []
     real = checkpoint.verify
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "verify", lambda path: seen.append(path.name) or real(path))
+        patch.setattr(checkpoint, "verify", lambda path: seen.append(path.name[:13]) or real(path))
         assert tiny("run", "train.steps=4", REPO) == 0
-    assert "step_00000003" in seen
+    # Each was read once: here, as it was pulled, and after it was written; as links, before it is pushed.
+    assert sorted(seen) == ["step_00000002", "step_00000003", "step_00000004", "step_00000004"]
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 4]  # the metrics of 3 went with the disk
     assert json.loads((tmp_path / "run" / "hub.json").read_text())["run"]
+
+
+def test_a_checkpoint_that_is_named_wins(
+    tiny,  # noqa: F811
+    hub: FakeModelHub,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On an empty machine: over a newer one in the repository, which has to be of this run."""
+    stop_after(tiny, "run", 2, "train.steps=4", REPO)
+    shutil.copytree(newest(tmp_path / "run"), tmp_path / "step_00000002")
+    stop_after(tiny, "run", 3, "train.steps=4", REPO)
+    shutil.rmtree(tmp_path / "run")
+    named = ("train.steps=4", REPO, "--resume", str(tmp_path / "step_00000002"))
+    assert tiny("run", *named, "run.name=other") == 2
+    assert "holds the run 'tiny', this one is 'other'" in capsys.readouterr().err
+    assert tiny("run", *named, "train.seed=7") == 2
+    assert not (tmp_path / "run").exists()
+    assert tiny("run", *named) == 0
+    assert "holds step 3 of this run; it goes on from" in capsys.readouterr().out
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [3, 4]
+    assert json.loads(hub.repos["someone/model"].head.files["LATEST.json"])["step"] == 4
+    assert tiny("run", *named, "train.steps=5") == 0  # and again, on the branch
+    assert json.loads(hub.repos["someone/model"].head.files["LATEST.json"])["step"] == 5
 
 
 def test_without_a_repository_nothing_is_asked(hub: FakeModelHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_REPO_ID", raising=False)
     assert environment.hub_repository() is None
-    copy = mirror.Mirror(None, train.Config(), count_parameters(meta_model(train.Config().model)), 0)
+    copy = mirror.Mirror(None, train.Config(), count_parameters(meta_model(train.Config().model)), 0, set())
     copy.fetch("auto", "fp32", lambda: None)
     copy.start()
     assert copy.metrics() == {} and copy.finish(lambda: False, hurried=True) and copy.catch_up() and hub.log == []

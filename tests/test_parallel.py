@@ -98,16 +98,15 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.dist
-def test_two_processes() -> None:
-    """Reductions over gloo, rank 0's error everywhere, and gradients averaged in a step's last micro-batch only."""
+def two_ranks(code: str) -> list[str]:
+    """What two processes of a group print, in the order of their ranks."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent does
     env = {
         **os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
     # torch 2.13 would have DDP's argument under a name that 2.9 does not know.
-    command = [sys.executable, "-W", "error", "-c", TWO]
+    command = [sys.executable, "-W", "error", "-c", code]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks = [subprocess.Popen(command, env=env | {"RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"]
     try:
@@ -116,7 +115,13 @@ def test_two_processes() -> None:
         for process in ranks:
             process.kill()
     assert [process.returncode for process in ranks] == [0, 0], outputs
-    for rank, (output, _) in enumerate(outputs):
+    return [output for output, _ in outputs]
+
+
+@pytest.mark.dist
+def test_two_processes() -> None:
+    """Reductions over gloo, rank 0's error everywhere, and gradients averaged in a step's last micro-batch only."""
+    for rank, output in enumerate(two_ranks(TWO)):
         found = json.loads(output.splitlines()[-1])
         assert found["mesh"] == [rank, 2, "cpu"] and found["left"]
         assert found["sum"] == [3.0, 30.0] and found["any"] == [False, True, True, True]
@@ -125,6 +130,69 @@ def test_two_processes() -> None:
         assert found["weight"] == [[0.0, 0.0]]  # rank 0's
         own = 1.0 + rank
         assert found["grads"] == [[own, 1.0], [2 * own, 11.0], [4.5, 111.0]]
+
+
+ABANDONED = """
+import json
+import torch
+import parallel
+
+with parallel.processes(allow_cpu=True) as mesh:
+    mesh = parallel.for_training(mesh, 20.0)
+    layers = [torch.nn.Linear(600, 600, bias=False) for _ in range(4)]
+    model, rows = torch.nn.Sequential(*layers), torch.full((2, 600), 1.0 + mesh.rank)
+    found = []
+    for fails in ("", "backward", "forward", ""):
+        replica = parallel.parallelize(model, mesh)
+        replica(rows).sum().backward()  # DDP begins with one bucket, and then makes more
+        replica.zero_grad(set_to_none=False)
+        fails = mesh.rank and fails
+        hook = layers[0].weight.register_hook(lambda grad: 1 / 0) if fails == "backward" else None
+        failed = False
+        try:
+            with parallel.synchronised(replica, True):
+                out = replica(rows)
+                loss = out.sum() if fails != "forward" else 1 / 0
+                loss.backward()
+        except ZeroDivisionError:
+            failed = True
+        if failed:
+            found.append(replica.exchange.begun)
+            parallel.abandon(replica)
+        if hook is not None:
+            hook.remove()
+        if not mesh.any(failed)[0]:
+            found.append([layer.weight.grad.sum().item() for layer in layers])
+        del replica
+        model.zero_grad(set_to_none=True)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.dist
+def test_a_rank_that_fails_in_the_exchange_of_gradients_holds_up_nobody() -> None:
+    outputs = two_ranks(ABANDONED)
+    ours, theirs = (json.loads(output.splitlines()[-1]) for output in outputs)
+    assert len(ours) == 2 and ours[0] == ours[1]  # a new replica adds up as the first one did
+    assert theirs[0] == theirs[3] == ours[0]
+    assert theirs[1:3] == [1, 0]  # of two buckets
+
+
+def test_no_rank_is_blamed_where_all_wait_at_one_place() -> None:
+    watch = parallel.Watch(ALONE, 60.0)
+    now = time.monotonic()
+    watch.place, watch.since = "step 3, saving", now - 40
+
+    def word(rank: int, heard: float, place: str) -> None:
+        watch.last[rank] = parallel._Word("", now - heard, 30.0, f"host{rank}", place)
+
+    word(1, 0.5, watch.place)
+    word(2, 1.0, watch.place)
+    assert re.match("all ranks are alive and have been there for 3[01] s", watch.blame())
+    word(2, 1.0, "step 2, saving")
+    assert watch.blame().startswith("rank 2 on host2 is stuck")
+    word(2, 9.0, watch.place)
+    assert watch.blame().startswith("rank 2 on host2 is silent")
 
 
 # ---- devices

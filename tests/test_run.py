@@ -8,17 +8,20 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_train import ROOT, metrics, newest, stop_after, text, tiny  # noqa: F401
+from test_train import ROOT, hashes, learned, metrics, newest, stop_after, text, tiny  # noqa: F401
 
 import checkpoint
 import config as configuration
+import saver
 import train
-from resume import TrainState
+from model import meta_model
+from resume import STATE_FILE, TrainState
 from run import checkpoint_bytes
 
 
@@ -114,6 +117,18 @@ def test_out_of_memory_halves_the_rows_and_loses_no_step(
         assert ours["step"] == theirs["step"] and ours["tokens"] == theirs["tokens"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
+    # What fits is kept on resume, unless other rows are asked for: equal bits, no step tried in vain.
+    stop_after(tiny, "parts", 3, "train.steps=6")
+    capsys.readouterr()
+    assert tiny("parts", "train.steps=6") == 0
+    assert "out of memory" not in capsys.readouterr().out
+    assert learned(tmp_path / "parts") == learned(tmp_path / "small")
+    assert (newest(tmp_path / "parts") / STATE_FILE).read_bytes() == (
+        newest(tmp_path / "small") / STATE_FILE
+    ).read_bytes()
+    assert tiny("parts", "train.steps=7", "train.micro_batch=2") == 0
+    assert capsys.readouterr().out.count("out of memory: ") == 1
+
     def never(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -137,6 +152,30 @@ def test_out_of_memory_elsewhere_is_one_line(
     assert tiny("run") == 1
     error = capsys.readouterr().err
     assert error.startswith("error: out of memory; the same command goes on") and error.count("\n") == 1
+
+
+def test_a_state_that_cannot_be_copied_does_not_change_while_it_is_written(
+    tiny,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ("train.steps=3", "checkpoint.every_steps=1")
+    assert tiny("whole", *options) == 0
+    real = checkpoint.save
+
+    def full(*_: Any) -> Any:
+        raise MemoryError
+
+    def slow(*arguments: Any, **named: Any) -> Path:
+        time.sleep(0.5)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(saver, "snapshot", full)
+    monkeypatch.setattr(checkpoint, "save", slow)
+    assert tiny("live", *options) == 0
+    assert "too little memory to copy the state of step 1" in capsys.readouterr().out
+    assert hashes(tmp_path / "live" / "checkpoints") == hashes(tmp_path / "whole" / "checkpoints")
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_exit_code(
@@ -205,4 +244,4 @@ def test_the_size_of_a_checkpoint(tiny, tmp_path: Path, overrides: tuple[str, ..
     assert tiny("run", "train.steps=1", *overrides) == 0
     config = configuration.load(str(tmp_path / "tiny.yaml"), list(overrides))
     found = sum(file.stat().st_size for file in newest(tmp_path / "run").glob("[mo]*.safetensors"))
-    assert checkpoint_bytes(config) == pytest.approx(found, rel=0.1)
+    assert checkpoint_bytes(config, meta_model(config.model)) == pytest.approx(found, rel=0.1)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import checkpoint
+import saver as saver_module
 from saver import PATIENCE, Contents, Saver, snapshot
 
 
@@ -123,6 +124,27 @@ def test_any_other_failure_is_raised_at_the_next_step(saver: Saver, monkeypatch:
     with pytest.raises(ZeroDivisionError):
         saver.check()
     saver.check()  # raised once
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_without_memory_for_a_copy_the_state_itself_is_written(
+    saver: Saver, told: list[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise error
+
+    state = torch.ones(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(saver_module, "snapshot", full)
+        saver.save(1, lambda: ({"model": {"a": state}}, {}))
+    assert saver.live and saver.wait()
+    assert torch.equal(checkpoint.load(saver.root / "step_00000001")["a"], state)
+    assert told == ["too little memory to copy the state of step 1: training waits while it is written"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        saver.save(2, lambda: contents(2.0))
+        assert not saver.wait() and not saver.live
+    assert told[1:] == ["the checkpoint of step 2 could not be written: out of memory; training goes on"]
 
 
 def test_who_wants_to_know_hears_of_what_was_read_back(saver: Saver) -> None:

@@ -244,8 +244,8 @@ def fp16() -> None:
     parallel.pick_precision = lambda *_: "fp16"  # type: ignore[assignment]
 
 
-def out_of_memory(step: int, times: int, only_rank: int = -1) -> None:
-    """The forward pass of a step raises torch.OutOfMemoryError, `times` times."""
+def out_of_memory(step: int, times: int, only_rank: int = -1, where: str = "forward") -> None:
+    """The forward pass of a step, or the end of the backward pass, raises torch.OutOfMemoryError, `times` times."""
     import torch
 
     import model
@@ -260,8 +260,14 @@ def out_of_memory(step: int, times: int, only_rank: int = -1) -> None:
     def forward(real: Any, *arguments: Any, **options: Any) -> Any:
         if state["step"] == step and state["left"] and only_rank in (-1, rank()):
             state["left"] -= 1
-            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+            if where == "forward":
+                raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+            hook = arguments[0].model.embed_tokens.weight.register_hook(lambda _: backward(hook))
         return real(*arguments, **options)
+
+    def backward(hook: Any) -> None:
+        hook.remove()
+        raise torch.OutOfMemoryError("CUDA out of memory (injected)")
 
     wrap(train, "train_step", around)
     wrap(model.DeepSeekV3, "forward", forward)

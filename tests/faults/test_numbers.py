@@ -126,11 +126,15 @@ def test_going_back_again_and_again_ends(lab: Lab, row: Callable[[str], Any]) ->
 
 # ---- memory
 
+MORE = [("forward", 4), ("forward", 2), ("backward", 2)]
 
-def out_of_memory(lab: Lab, name: str, times: int, case: Any, *more: str, ranks: int = 1) -> None:
+
+def out_of_memory(
+    lab: Lab, name: str, times: int, case: Any, *more: str, ranks: int = 1, where: str = "forward"
+) -> None:
     options = ("train.steps=6", "optim.ns_dtype=fp32", "optim.eps=1e-6", *more)
     reference = lab.reference(*options, ranks=ranks)
-    fault = ("out_of_memory", {"step": 3, "times": times, "only_rank": ranks - 1})
+    fault = ("out_of_memory", {"step": 3, "times": times, "only_rank": ranks - 1, "where": where})
     result = lab.run(name, *options, faults=[fault], ranks=ranks)
     case.check("" if result.codes == [0] * ranks and "out of memory" in result.out() else result, name)
     mine, theirs = lines(lab[name]), lines(lab[reference])
@@ -157,8 +161,12 @@ def test_memory_for_not_even_one_row(lab: Lab, row: Callable[[str], Any]) -> Non
         )
 
 
-@pytest.mark.slow
 @pytest.mark.dist
-def test_too_little_memory_on_one_of_two_ranks(lab: Lab, row: Callable[[str], Any]) -> None:
+@pytest.mark.parametrize(
+    ("where", "rows"), [("backward", 4), *(pytest.param(*at, marks=pytest.mark.slow) for at in MORE)], ids=str
+)
+def test_too_little_memory_on_one_of_two_ranks(lab: Lab, row: Callable[[str], Any], where: str, rows: int) -> None:
+    """With 4 rows at a time the step is one micro-batch, in which gradients are exchanged."""
+    options = ("train.batch_tokens=128", f"train.micro_batch={rows}")
     with row("F22") as case:
-        out_of_memory(lab, "memory-rank", 1, case, "train.batch_tokens=128", "train.micro_batch=2", ranks=2)
+        out_of_memory(lab, f"memory-rank-{where}-{rows}", 1, case, *options, ranks=2, where=where)
