@@ -98,8 +98,8 @@ def cursor_before(config: Config, dataset: Dataset, step: int) -> tuple[int, Cur
     saved = checkpoint.latest(Path(config.run.dir, "checkpoints"))
     if saved is None:
         return 0, Cursor()
-    known = {"sources": dataset.manifest.fingerprint, "tokenizer": dataset.fingerprint}
-    resume.check_order(resume.TrainState.read(saved), config, **known)
+    sources, tokenizer = dataset.manifest.fingerprints, dataset.fingerprint
+    resume.check_order(resume.TrainState.read(saved), config, sources=sources, tokenizer=tokenizer)
     path = Path(config.run.dir, "metrics.jsonl")
     best: tuple[int, Cursor] = (0, Cursor())
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
