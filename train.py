@@ -216,10 +216,8 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
                 return finished(mesh, hub, config, state, start)
             state.config, state.precision, state.exhausted = resume.learned(config), precision, False
         else:
-            state = resume.TrainState(
-                resume.learned(config), opened.manifest.fingerprint, opened.fingerprint, precision,
-                fallback=opened.fallback,
-            )  # fmt: skip
+            learned, documents = resume.learned(config), opened.manifest.fingerprint
+            state = resume.TrainState(learned, documents, opened.fingerprint, precision, fallback=opened.fallback)
 
         paths, told = mesh.from_main(on_main(mesh, lambda: probe.choose(config, mesh.device, dtype, state.ops)))
         state.ops = paths.model_dump()
