@@ -9,6 +9,7 @@ import math
 import os
 import random
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from torch import Tensor
 import checkpoint
 import convert
 import tokenizer as tokenizers
-from config import Config, UserError
+from config import Config, SourceConfig, UserError
 from model import DeepSeekV3
 from stream import Cursor
 
@@ -43,6 +44,10 @@ FREE_KEYS = {
     "data.workers", "data.cache", "data.max_skipped", "train.steps", "train.tokens_per_active_param",
     "train.max_minutes", "train.hang_minutes", "train.deterministic", "train.micro_batch", "train.recompute",
     "train.compile", "train.init_from",
+}  # fmt: skip
+ORDER = {  # what decides, with the documents, which rows a step is of
+    "data.tokenizer", "data.seq_len", "data.val_fraction", "data.shuffle_window", "data.packing", "train.seed",
+    "train.batch_tokens",
 }  # fmt: skip
 
 
@@ -267,6 +272,22 @@ def move_aside(run_dir: Path) -> None:
 
 def check_config(saved: TrainState, config: Config, precision: str) -> None:
     """Raise UserError naming the first key that must not change and has, with both values."""
+    for key, before, now in _changed(saved, config):
+        raise _mismatch(key, before, now)
+    if config.train.precision != "auto" and saved.precision != precision:
+        raise _mismatch("train.precision", saved.precision, precision)
+
+
+def check_order(saved: TrainState, config: Config, *, sources: Sequence[str], tokenizer: str) -> None:
+    """Raise UserError where `config` deals other rows to a step than the run of this checkpoint did."""
+    for key, before, now in _changed(saved, config):
+        if key in ORDER:
+            raise _mismatch(key, before, now)
+    check_content(saved, config, sources=sources, tokenizer=tokenizer)
+
+
+def _changed(saved: TrainState, config: Config) -> Iterator[tuple[str, Any, Any]]:
+    """The keys that must not change and have: key, the checkpoint's value, the present one."""
     defaults, now = _flat(learned(Config())), _flat(learned(config))
     before = {key: defaults[key] for key in now.keys() & defaults.keys()} | _flat(saved.config)  # younger keys
     for key in sorted(before.keys() | now.keys()):
@@ -275,9 +296,7 @@ def check_config(saved: TrainState, config: Config, precision: str) -> None:
         if key == "data.tokenizer":  # a relative folder may be out of sight; the checkpoint has the tokenizer
             same = Path(before[key]).name == Path(now[key]).name
         if not resolved and not same:
-            raise _mismatch(key, before.get(key), now.get(key))
-    if config.train.precision != "auto" and saved.precision != precision:
-        raise _mismatch("train.precision", saved.precision, precision)
+            yield key, before.get(key), now.get(key)
 
 
 def same_names(saved: TrainState, config: Config) -> bool:
@@ -285,18 +304,29 @@ def same_names(saved: TrainState, config: Config) -> bool:
     return saved.config["data"]["sources"] == learned(config)["data"]["sources"]
 
 
-def check_content(saved: TrainState, config: Config, *, sources: str, tokenizer: str) -> None:
-    """Raise UserError where documents or tokenizer, by their fingerprints, are not those of the checkpoint."""
-    if saved.sources != sources:
+def check_content(saved: TrainState, config: Config, *, sources: Sequence[str], tokenizer: str) -> None:
+    """Raise UserError where documents or tokenizer, by their fingerprints, are not those of the checkpoint.
+
+    Args:
+        sources: the documents' fingerprints, of this version and of earlier ones.
+    """
+    if saved.sources not in sources:
         old, new = saved.config["data"]["sources"], learned(config)["data"]["sources"]
         if old == new:
             raise UserError("data.sources: the documents are not those the checkpoint was trained on; " + _REMEDY)
-        raise _mismatch("data.sources", old, new)
+        raise _mismatch("data.sources", _short(old), _short(new))
     weights, wanted = (saved._of_sources(values, "weight") for values in (saved.config, learned(config)))
     if weights != wanted:
         raise _mismatch("the weights of data.sources", weights, wanted)
     if saved.tokenizer != tokenizer:
         raise UserError(f"data.tokenizer: {config.data.tokenizer!r} is not the checkpoint's tokenizer; " + _REMEDY)
+
+
+def _short(sources: list[dict[str, Any]]) -> list[str | dict[str, Any]]:
+    """As a user would write them: without keys at their defaults."""
+    defaults = SourceConfig(path="-").model_dump()
+    told = [{key: value for key, value in sorted(s.items()) if value != defaults.get(key)} for s in sources]
+    return [source["path"] if source.keys() == {"path"} else source for source in told]
 
 
 _REMEDY = "set it back, or start another run: run.name=... (with run.dir=..., if you give that)"

@@ -37,7 +37,8 @@ CHUNK = 1 << 20  # what is unpacked at a time
 MOST_LINE_BYTES = 64 << 20  # of a first line that is looked at
 MOST_WINDOW_BYTES = 1 << 31  # that a .zst may ask for (zstd --long=31); its decoder's own limit is 128 MiB
 MOST_OBJECT_CHARACTERS = 1 << 30  # of a value in a JSON array
-HASH_WHOLE_BYTES = 64 << 20  # a larger file that is read as it is is fingerprinted by its size, first and last MiB
+HASH_WHOLE_BYTES = 64 << 20  # a larger file that is read as it is is fingerprinted by its size, ends and samples
+SAMPLES, SAMPLE_BYTES = 32, 32 << 10  # spread evenly over a large file
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BETWEEN = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")  # values of an array; a comma too many or too few does no harm
 _ALLOWED = "".join(f"{suffix} " for suffix in SUFFIXES) + "(text and JSON also with .gz or .zst)"
@@ -182,7 +183,8 @@ def _resolve_local(source: SourceConfig, files: list[Path], cache: str | None) -
         packed = _is_packed(file, suffix)
         digest = _digest(file, size, whole=packed)
         origin = file.relative_to(top).as_posix()
-        identity.append([origin, size, digest])
+        sampled = [] if packed or size <= HASH_WHOLE_BYTES else [_sample(file, size)]
+        identity.append([origin, size, digest, *sampled])
         if suffix == ".parquet":
             found = row_groups(str(file), size, source.text_field)
         elif suffix == ".arrow":
@@ -240,6 +242,16 @@ def _digest(file: Path, size: int, *, whole: bool) -> str:
             digest.update(stream.read(1 << 20))
             stream.seek(size - (1 << 20))
             digest.update(stream.read(1 << 20))
+    return digest.hexdigest()
+
+
+def _sample(file: Path, size: int) -> str:
+    """Digest of samples between the ends of a large file: reading all of it would hold up every start."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        for number in range(SAMPLES):
+            stream.seek((size - SAMPLE_BYTES) * (number + 1) // (SAMPLES + 1))
+            digest.update(stream.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 

@@ -224,16 +224,15 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         fallback = None if state is None else state.fallback
         opened = mesh.from_main(on_main(mesh, lambda: open_dataset(config, start, fallback=fallback)))
         held_out = mesh.from_main(on_main(mesh, lambda: opened.validation(config)))
-        known = {"sources": opened.manifest.fingerprint, "tokenizer": opened.fingerprint}
         if state is not None:
-            resume.check_content(state, config, **known)
+            resume.check_content(state, config, sources=opened.manifest.fingerprints, tokenizer=opened.fingerprint)
             if state.ended(config, steps):
                 return finished(mesh, hub, config, state, start)
             state.config, state.precision, state.exhausted = resume.learned(config), precision, False
             config = config.with_micro_batch(state.rows(rows))
         else:
-            learned = resume.learned(config)
-            state = resume.TrainState(learned, precision=precision, fallback=opened.fallback, **known)
+            learned, documents = resume.learned(config), opened.manifest.fingerprint
+            state = resume.TrainState(learned, documents, opened.fingerprint, precision, fallback=opened.fallback)
 
         paths, told = mesh.from_main(on_main(mesh, lambda: probe.choose(config, mesh.device, dtype, state.ops)))
         state.ops = paths.model_dump()

@@ -90,8 +90,16 @@ def rows_from(dataset: Dataset, config: Config, cursor: Cursor) -> Iterator[tupl
         number += 1
 
 
-def cursor_before(config: Config, step: int) -> tuple[int, Cursor]:
-    """The last logged step before `step` in the run's metrics, and where its data ended; else the start."""
+def cursor_before(config: Config, dataset: Dataset, step: int) -> tuple[int, Cursor]:
+    """The last logged step before `step` in the run's metrics, and where its data ended; else the start.
+
+    Raises UserError where the run in run.dir has other data. Without a checkpoint it will begin again, as this does.
+    """
+    saved = checkpoint.latest(Path(config.run.dir, "checkpoints"))
+    if saved is None:
+        return 0, Cursor()
+    sources, tokenizer = dataset.manifest.fingerprints, dataset.fingerprint
+    resume.check_order(resume.TrainState.read(saved), config, sources=sources, tokenizer=tokenizer)
     path = Path(config.run.dir, "metrics.jsonl")
     best: tuple[int, Cursor] = (0, Cursor())
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -111,7 +119,7 @@ def where(unit: Unit, row: int) -> str:
 
 def trace(config: Config, dataset: Dataset, step: int) -> int:
     """The documents behind a step, in the order of its rows."""
-    logged, cursor = cursor_before(config, step)
+    logged, cursor = cursor_before(config, dataset, step)
     per_step = config.rows_per_step
     rows = islice(rows_from(dataset, config, cursor), (step - 1 - logged) * per_step, (step - logged) * per_step)
     found = 0
@@ -130,9 +138,10 @@ def trace(config: Config, dataset: Dataset, step: int) -> int:
     return 0
 
 
-def peek(config: Config, dataset: Dataset, count: int, step: int) -> int:
-    """Rows as text, from a step on, each document under a line that names it."""
-    logged, cursor = cursor_before(config, step)
+def peek(config: Config, dataset: Dataset, count: int, step: int | None) -> int:
+    """Rows as text, from the start or a step on, each document under a line that names it."""
+    logged, cursor = (0, Cursor()) if step is None else cursor_before(config, dataset, step)
+    step = step or 1
     skipped = (step - 1 - logged) * config.rows_per_step
     found = 0
     for number, row, parts in islice(rows_from(dataset, config, cursor), skipped, skipped + count):
@@ -412,7 +421,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.command == "stats":
             return stats(config, dataset, given.documents or 10_000)
         if given.command == "peek":
-            return peek(config, dataset, given.rows, given.step or 1)
+            return peek(config, dataset, given.rows, given.step)
         return trace(config, dataset, given.step)
     except BrokenPipeError:  # `| head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # or its flush at the end complains

@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 
 import inspect_data
 import numpy as np
@@ -12,9 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import checkpoint
 from config import load
 from dataset import open_dataset
 from documents import read_unit
+from resume import STATE_FILE, TrainState, learned
 from stream import PADDING, Cursor
 
 WORDS = [f"word{i}" for i in range(300)]
@@ -33,7 +36,7 @@ def corpus(tmp_path_factory):
 
 
 SETTINGS = ["data.tokenizer=bytes", "data.val_fraction=0.1", "data.seq_len=64", "train.batch_tokens=256",
-            "train.micro_batch=2"]  # fmt: skip
+            "train.micro_batch=2", "run.name=never-run"]  # fmt: skip
 
 
 def run(capsys, command, corpus, *more):
@@ -84,21 +87,59 @@ def test_trace_names_the_documents_of_a_step(corpus, capsys, packing):
         assert np.array_equal(ids[: len(kept)], kept[: len(ids)]) and len(ids) >= 60
 
 
-def test_trace_goes_on_from_the_nearest_line_of_the_metrics(corpus, tmp_path, capsys, monkeypatch):
-    # Not runs/quickstart: whoever has run the quickstart has its metrics there.
+def a_run(folder, config, dataset, steps):
+    """What a run of 9 steps leaves: lines of the metrics at `steps`, a checkpoint of the last."""
+    batches = list(itertools.islice(dataset.feed(config, Cursor()).batches(), 9))
+    lines = [{"step": step, "cursor": batches[step - 1].cursor.to_dict()} for step in steps]
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "cur')
+    state = TrainState(learned(config), dataset.manifest.fingerprint, dataset.fingerprint, "fp32", step=9)
+    checkpoint.save(folder / "checkpoints", 9, {}, {STATE_FILE: state.to_json()}, keep=1)
+    return batches
+
+
+def test_trace_goes_on_from_the_nearest_line_of_the_metrics(corpus, tmp_path, capsys):
     config = load("quickstart", [f"data.sources={corpus}", f"run.dir={tmp_path / 'nothing'}", *SETTINGS])
     dataset = open_dataset(config)
+    batches = a_run(tmp_path / "run", config, dataset, (3, 6, 9))
     capsys.readouterr()
-    batches = list(itertools.islice(dataset.feed(config, Cursor()).batches(), 9))
-    lines = [{"step": step, "cursor": batches[step - 1].cursor.to_dict()} for step in (3, 6, 9)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    near = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(tmp_path)})})
-    assert inspect_data.cursor_before(near, 8) == (6, batches[5].cursor)
-    assert inspect_data.cursor_before(near, 3) == (0, Cursor())
+    near = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(tmp_path / "run")})})
+    assert inspect_data.cursor_before(near, dataset, 8) == (6, batches[5].cursor)
+    assert inspect_data.cursor_before(near, dataset, 3) == (0, Cursor())
     assert inspect_data.trace(config, dataset, 8) == 0
     far = capsys.readouterr().out
     assert inspect_data.trace(near, dataset, 8) == 0
     assert capsys.readouterr().out == far and far.count("of step 8") == config.rows_per_step
+
+
+def test_a_run_s_place_is_not_taken_for_that_of_other_data(corpus, tmp_path, capsys):
+    """What another configuration deals to a step is not told from where this run was."""
+    here = f"run.dir={tmp_path / 'run'}"
+    config = load("quickstart", [f"data.sources={corpus}", *SETTINGS, here])
+    a_run(tmp_path / "run", config, open_dataset(config), (4,))
+    other = tmp_path / "other.txt"
+    other.write_text("something else, and more of it\n\n" * 3000)
+    capsys.readouterr()
+    for changed, said in (
+        (
+            f"data.sources={other}",
+            "the checkpoint was trained with ['a.parquet'], the configuration says ['other.txt']",
+        ),
+        ("data.seq_len=32", "data.seq_len: the checkpoint was trained with 64, the configuration says 32"),
+        ("data.packing=best_fit", "trained with 'concat', the configuration says 'best_fit'"),
+        ("train.seed=5", "train.seed: the checkpoint was trained with 1337, the configuration says 5"),
+        ("data.tokenizer=chars", "data.tokenizer: the checkpoint was trained with 'bytes'"),
+    ):
+        code, out, err = run(capsys, "peek" if "seed" in changed else "trace", corpus, here, changed, "--step", "6")
+        last = err.splitlines()[-1]
+        assert (code, out) == (2, "") and said in last and "run.name=..." in last, err
+    same_rows = ("optim.lr=1e-4", "data.workers=0", "model.aux_loss_alpha=0.01")
+    assert run(capsys, "trace", corpus, here, *same_rows, "--step", "6")[0] == 0
+    code, out, _ = run(capsys, "peek", corpus, here, f"data.sources={other}")  # from the start: of no run
+    assert code == 0 and "something else" in out
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # this run will begin again, with whatever it is given
+    code, out, _ = run(capsys, "trace", corpus, here, f"data.sources={other}", "--step", "6")
+    assert code == 0 and out == run(capsys, "trace", corpus, f"data.sources={other}", "--step", "6")[1]
 
 
 def test_peek_shows_rows_as_text(corpus, capsys):

@@ -1,6 +1,7 @@
 """sources.py and what documents.py reads: every format, every mistake. The Hub's path is in test_remote.py."""
 
 import gzip
+import hashlib
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ import documents
 import shards
 import sources
 from config import SourceConfig, UserError
-from documents import document_hash, read_unit
+from documents import Manifest, document_hash, fingerprint, read_unit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -388,13 +389,28 @@ def test_fingerprint_follows_content_not_place(tmp_path):
     assert resolve(tmp_path / "a").fingerprint != before.fingerprint
 
 
-def test_fingerprint_of_large_files_reads_their_ends(tmp_path, monkeypatch):
+def test_fingerprint_of_large_files_takes_samples_of_them(tmp_path, monkeypatch):
+    """Their ends, and what lies between here and there: other text of the same size is seen, whatever its ends are."""
     monkeypatch.setattr(sources, "HASH_WHOLE_BYTES", 100)
-    (tmp_path / "a.txt").write_text("word " * 1_000_000)
-    before = resolve(tmp_path).fingerprint
-    assert resolve(tmp_path).fingerprint == before
-    (tmp_path / "a.txt").write_text("word " * 999_999 + "worb ")
-    assert resolve(tmp_path).fingerprint != before
+    first, middle, last = b"word " * 300_000, b"word " * 600_000, b"word " * 300_000
+    path = tmp_path / "a.txt"
+    path.write_bytes(first + middle + last)
+    before = resolve(tmp_path)
+    assert resolve(tmp_path).fingerprint == before.fingerprint
+    for changed in (first + middle + last[:-2] + b"b ", first + b"drow " * 600_000 + last):
+        path.write_bytes(changed)
+        assert not set(resolve(tmp_path).fingerprints) & {before.fingerprint}
+    # A run of a version that took none has been bound to path, size and ends, and still is.
+    assert before.fingerprints[1] == resolve(tmp_path).fingerprints[1] != before.fingerprints[0]
+    digest = hashlib.sha256(first[: 1 << 20] + last[-(1 << 20) :]).hexdigest()
+    assert before.fingerprints[1] == fingerprint([json.dumps(["text", [["a.txt", 6_000_000, digest]]])])
+    path.write_bytes(first[:50])
+    assert len(set(resolve(tmp_path).fingerprints)) == 1
+
+
+def test_an_identity_of_another_program_is_left_as_it_is():
+    for identity in ("synthetic", "[1, 2]", '["text", [["a", 1, "b", "c"], 5], 3]', '["of its units", [1, 2]]', "null"):
+        assert len(set(Manifest((), (identity,)).fingerprints)) == 1
 
 
 def test_paths_are_relative_to_here_then_to_the_repository(tmp_path, monkeypatch):
