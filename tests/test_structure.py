@@ -346,7 +346,7 @@ def _scripts() -> frozenset[str]:
     return frozenset(path.stem for path in ROOT.glob("scripts/*.py"))
 
 
-MODULES, SCRIPTS, TESTS = _python("*.py"), _python("scripts/*.py"), _python("tests/*.py")
+MODULES, SCRIPTS, TESTS = _python("*.py"), _python("scripts/*.py"), _python("tests/**/*.py")
 
 
 def _walk(folder: Path, ignored: set[str]) -> Iterator[Path]:
