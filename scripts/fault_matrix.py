@@ -180,20 +180,22 @@ def merge(figures: dict[str, Any], more: dict[str, Any]) -> None:
 def overhead() -> dict[str, Any]:
     """What checkpoints and guards take from tokens per second at a 5-minute cadence, in percent.
 
-    Pairs of runs of the quickstart, one saving every EVERY steps, one not at all, the first of a pair by turns: a save
-    costs the difference, and comes once in five minutes. Added is what a step's guards take, measured alone. The stall
-    is what training has waited for saves, by its own count; it is within what a save costs.
+    Runs of the quickstart in turns: saving every EVERY steps; not at all; saving for a Hub that nobody can reach. A
+    save costs the difference, and comes once in five minutes. Added is what a step's guards take, measured alone. The
+    stall is what training has waited for saves, by its own count; it is within what a save costs.
     """
     saves = (STEPS - 6) // EVERY
-    seconds: dict[str, list[float]] = {"on": [], "off": []}
+    seconds: dict[str, list[float]] = {"on": [], "off": [], "no hub": []}
     stalls: list[float] = []
-    for pair in range(PAIRS):
-        for which in ("on", "off") if pair % 2 else ("off", "on"):
-            took, waited = timed_run(EVERY if which == "on" else 10**6)
+    for turn in range(PAIRS):
+        order = list(seconds)
+        for which in (*order[turn % 3 :], *order[: turn % 3]):
+            took, waited = timed_run(10**6 if which == "off" else EVERY, hub=which == "no hub")
             seconds[which].append(took)
             stalls += waited
             print(f"{which}: {took:.2f} s", file=sys.stderr)
     costs = [(on - off) / saves for on, off in zip(seconds["on"], seconds["off"], strict=True)]
+    pushes = [(hub - on) / saves for hub, on in zip(seconds["no hub"], seconds["on"], strict=True)]
     step_sec = statistics.median(seconds["off"]) / (STEPS - 6)
     guards = guards_sec()
     return {
@@ -202,31 +204,41 @@ def overhead() -> dict[str, Any]:
         "spread of that, s": round(statistics.stdev(costs), 4),
         "guards of a step, s": round(guards, 7),
         "a step, s": round(step_sec, 4),
+        "a Hub out of reach, percent more": round(100 * statistics.median(pushes) / CADENCE_SEC, 4),
+        "a push that fails costs, s": round(statistics.median(pushes), 4),
+        "spread of that cost, s": round(statistics.stdev(pushes), 4),
         "stall, percent": round(100 * statistics.mean(stalls) / CADENCE_SEC, 4),
         "stall of a save, s": round(statistics.median(stalls), 4),
-        "95th percentile of that, s": round(statistics.quantiles(stalls, n=20)[-1], 4),
+        "95th percentile of that stall, s": round(statistics.quantiles(stalls, n=20)[-1], 4),
         "saves": len(stalls),
         "saves per run": saves,
-        "runs": 2 * PAIRS,
+        "runs": 3 * PAIRS,
     }
 
 
-def timed_run(every: int) -> tuple[float, list[float]]:
+def timed_run(every: int, *, hub: bool) -> tuple[float, list[float]]:
     """Seconds of a quickstart's steps 6 to STEPS, the first being slower; and how long it waited for each save."""
     with tempfile.TemporaryDirectory() as folder:
         options = [
-            f"run.dir={folder}/run", f"train.steps={STEPS + 1}", f"checkpoint.every_steps={every}", "log.every_steps=1",
+            f"run.dir={folder}/run", f"train.steps={STEPS + 5}", f"checkpoint.every_steps={every}", "log.every_steps=1",
             "eval.every_steps=1000000", "eval.tokens=1", "sample.every_steps=1000000", "sample.max_new_tokens=1",
             "checkpoint.every_minutes=null",
         ]  # fmt: skip
+        environment = dict(os.environ)
+        if hub:
+            options += ["--resume", "never", "hub.repo_id=nobody/nothing"]
+            environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "no-token"}  # where nothing listens
         command = [sys.executable, "train.py", "--config", "quickstart", *options]
         times: dict[int, float] = {}
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 if step := re.match(r"step (\d+)/", line):
                     times[int(step[1])] = time.perf_counter()
-        if process.returncode:
+                if STEPS in times:
+                    process.kill()  # nobody waits for the last save, or for the Hub
+                    break
+        if STEPS not in times:
             raise UserError(f"{shlex.join(command)}: exit code {process.returncode}")
         lines = Path(folder, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     waited = [json.loads(line)["save_wait_sec"] for line in lines]
