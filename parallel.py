@@ -25,6 +25,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
@@ -110,7 +112,11 @@ def processes(*, allow_cpu: bool) -> Iterator[Mesh]:
     device = pick_device(int(os.environ.get("LOCAL_RANK", 0)), allow_cpu=allow_cpu)
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=START_TIMEOUT)
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=START_TIMEOUT))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine keeps its store when it starts ranks
+            # again: one that is quick would read where the dead ones could be reached, and wait for them.
+            store = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=START_TIMEOUT)
     try:
         yield Mesh(rank, world_size, device)
     finally:

@@ -1,18 +1,22 @@
 """What a run survives, counted: the tests of tests/faults/ and their kin, one row per fault.
 
     python scripts/fault_matrix.py                        the short matrix, as plain `pytest` runs it
-    python scripts/fault_matrix.py --long                 with what takes minutes each, an hour in all
+    python scripts/fault_matrix.py --long                 with what takes minutes each, most of an hour in all
     python scripts/fault_matrix.py --only F1,F4 --long    some faults
-    python scripts/fault_matrix.py --only overhead        what surviving costs
+    python scripts/fault_matrix.py --only overhead        what surviving costs: the guards, and the stall of a save
+    python scripts/fault_matrix.py --only Colab,overhead --long --out FILE --add    measured again, into a FILE
 
 Faults are injected: a shim before every file operation, signals, NaN, ranks that die, a Hub that lies. `tried` counts
-cases, `survived` those in which nothing was lost that should not be.
+cases, `survived` those in which nothing was lost that should not be. FILE is written after every test: what a run that
+is cut off has measured stays, marked by its row's `unfinished`.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -22,10 +26,9 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules lie beside this folder
 
@@ -49,6 +52,7 @@ FAULTS = {
     "F23": "bad configurations", "F24": "no token, no network, no GPU", "F25": "two runs in a folder",
     "F26": "secrets", "F27": "hostile files", "F28": "renames refused", "F29": "background failures",
     "F30": "checkpoints of other versions", "Colab": "random deaths, empty disk, Hub only",
+    "Pickles": "files of the code that read or write none",
 }  # fmt: skip
 # Faults whose tests lie with their modules, each test a case: in files so called, functions that hold one of the words.
 ELSEWHERE: dict[str, tuple[tuple[str, str], ...]] = {
@@ -96,38 +100,59 @@ def members_of(fault: str) -> list[str]:
     return found
 
 
-def run_tests(tests: list[str], *, long: bool, processes: int) -> list[xml.etree.ElementTree.Element]:
-    """pytest's test cases, with what they have counted as properties."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder, "result.xml")
-        command = [
-            sys.executable, "-m", "pytest", "-q", "-n", str(processes), "-m", "" if long else "not slow",
-            f"--junit-xml={result}", "-o", "junit_family=xunit1", *tests,
-        ]  # fmt: skip
-        subprocess.run(command, cwd=ROOT, stdout=sys.stderr)
-        if not result.exists():
-            raise UserError("pytest wrote no result; its words are above")
-        return list(xml.etree.ElementTree.parse(result).iter("testcase"))
+class Case(NamedTuple):
+    """How a test ended."""
+
+    name: str  # as pytest's node, with parameters
+    passed: bool
+    seconds: float
+    counted: list[tuple[str, str]]  # faults, and what was counted of them as JSON
+
+    @property
+    def test(self) -> str:
+        return self.name.partition("[")[0]
 
 
-def row_of(fault: str, tests: list[str], cases: list[xml.etree.ElementTree.Element]) -> dict[str, Any]:
+class Listener:
+    """A plugin of pytest that hands over every test as it ends; skipped ones are none."""
+
+    def __init__(self, ended: Callable[[Case], None]):
+        self.ended, self.parts = ended, {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        parts = self.parts.setdefault(report.nodeid, [])
+        parts.append(report)
+        if report.when == "teardown" and not any(part.skipped for part in parts):
+            counted = [(key, value) for key, value in report.user_properties if key in FAULTS]
+            passed = all(part.passed for part in parts)
+            self.ended(Case(report.nodeid, passed, sum(part.duration for part in parts), counted))
+
+
+def run_tests(tests: list[str], ended: Callable[[Case], None], *, long: bool, processes: int) -> None:
+    import pytest
+
+    words = ["-q", "-n", str(processes), "--maxschedchunk=1", "-m", "" if long else "not slow"]
+    os.chdir(ROOT)
+    code = pytest.main([*words, *tests], plugins=[Listener(ended)])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise UserError(f"pytest ended with {code!r}; its words are above")
+
+
+def row_of(fault: str, tests: list[str], cases: list[Case], *, long: bool = False) -> dict[str, Any]:
     """The counts of a fault's tests, added up."""
     row: dict[str, Any] = {
         "fault": fault, "what": FAULTS[fault], "tried": 0, "survived": 0, "figures": {}, "tests": 0, "failed": [],
-        "seconds": 0.0,
+        "seconds": 0.0, "long": long,
     }  # fmt: skip
     for case in cases:
-        counted = [p.get("value") for p in case.iter("property") if p.get("name") == fault]
-        name = f"{case.get('file')}::{case.get('name')}"
-        if name.partition("[")[0] not in tests or case.find("skipped") is not None:
+        if case.test not in tests:
             continue
-        passed = case.find("failure") is None and case.find("error") is None
         row["tests"] += 1
-        row["seconds"] += float(case.get("time", 0))
-        if not passed:
-            row["failed"].append(name)
-        values = [json.loads(value or "{}") for value in counted] or [{"tried": 1, "survived": int(passed)}]
-        for value in values:
+        row["seconds"] = round(row["seconds"] + case.seconds, 1)
+        if not case.passed:
+            row["failed"].append(case.name)
+        counted = [json.loads(value) for key, value in case.counted if key == fault]
+        for value in counted or [{"tried": 1, "survived": int(case.passed)}]:
             row["tried"] += value["tried"]
             row["survived"] += value["survived"]
             merge(row["figures"], value.get("figures", {}))
@@ -155,16 +180,22 @@ def merge(figures: dict[str, Any], more: dict[str, Any]) -> None:
 def overhead() -> dict[str, Any]:
     """What checkpoints and guards take from tokens per second at a 5-minute cadence, in percent.
 
-    Pairs of runs of the quickstart, one saving every EVERY steps, one not at all, the first of a pair by turns: a save
-    costs the difference, and comes once in five minutes. Added is what a step's guards take, measured alone.
+    Runs of the quickstart in turns: saving every EVERY steps; not at all; saving for a Hub that nobody can reach. A
+    save costs the difference, and comes once in five minutes. Added is what a step's guards take, measured alone. The
+    stall is what training has waited for saves, by its own count; it is within what a save costs.
     """
     saves = (STEPS - 6) // EVERY
-    seconds: dict[str, list[float]] = {"on": [], "off": []}
-    for pair in range(PAIRS):
-        for which in ("on", "off") if pair % 2 else ("off", "on"):
-            seconds[which].append(timed_run(EVERY if which == "on" else 10**6))
-            print(f"{which}: {seconds[which][-1]:.2f} s", file=sys.stderr)
+    seconds: dict[str, list[float]] = {"on": [], "off": [], "no hub": []}
+    stalls: list[float] = []
+    for turn in range(PAIRS):
+        order = list(seconds)
+        for which in (*order[turn % 3 :], *order[: turn % 3]):
+            took, waited = timed_run(10**6 if which == "off" else EVERY, hub=which == "no hub")
+            seconds[which].append(took)
+            stalls += waited
+            print(f"{which}: {took:.2f} s", file=sys.stderr)
     costs = [(on - off) / saves for on, off in zip(seconds["on"], seconds["off"], strict=True)]
+    pushes = [(hub - on) / saves for hub, on in zip(seconds["no hub"], seconds["on"], strict=True)]
     step_sec = statistics.median(seconds["off"]) / (STEPS - 6)
     guards = guards_sec()
     return {
@@ -173,29 +204,45 @@ def overhead() -> dict[str, Any]:
         "spread of that, s": round(statistics.stdev(costs), 4),
         "guards of a step, s": round(guards, 7),
         "a step, s": round(step_sec, 4),
+        "a Hub out of reach, percent more": round(100 * statistics.median(pushes) / CADENCE_SEC, 4),
+        "a push that fails costs, s": round(statistics.median(pushes), 4),
+        "spread of that cost, s": round(statistics.stdev(pushes), 4),
+        "stall, percent": round(100 * statistics.mean(stalls) / CADENCE_SEC, 4),
+        "stall of a save, s": round(statistics.median(stalls), 4),
+        "95th percentile of that stall, s": round(statistics.quantiles(stalls, n=20)[-1], 4),
+        "saves": len(stalls),
         "saves per run": saves,
-        "runs": 2 * PAIRS,
+        "runs": 3 * PAIRS,
     }
 
 
-def timed_run(every: int) -> float:
-    """Seconds of a quickstart's steps 6 to STEPS; the first are slower."""
+def timed_run(every: int, *, hub: bool) -> tuple[float, list[float]]:
+    """Seconds of a quickstart's steps 6 to STEPS, the first being slower; and how long it waited for each save."""
     with tempfile.TemporaryDirectory() as folder:
         options = [
-            f"run.dir={folder}/run", f"train.steps={STEPS + 1}", f"checkpoint.every_steps={every}", "log.every_steps=1",
+            f"run.dir={folder}/run", f"train.steps={STEPS + 5}", f"checkpoint.every_steps={every}", "log.every_steps=1",
             "eval.every_steps=1000000", "eval.tokens=1", "sample.every_steps=1000000", "sample.max_new_tokens=1",
             "checkpoint.every_minutes=null",
         ]  # fmt: skip
+        environment = dict(os.environ)
+        if hub:
+            options += ["--resume", "never", "hub.repo_id=nobody/nothing"]
+            environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "no-token"}  # where nothing listens
         command = [sys.executable, "train.py", "--config", "quickstart", *options]
         times: dict[int, float] = {}
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 if step := re.match(r"step (\d+)/", line):
                     times[int(step[1])] = time.perf_counter()
-        if process.returncode:
+                if STEPS in times:
+                    process.kill()  # nobody waits for the last save, or for the Hub
+                    break
+        if STEPS not in times:
             raise UserError(f"{shlex.join(command)}: exit code {process.returncode}")
-    return times[STEPS] - times[6]
+        lines = Path(folder, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    waited = [json.loads(line)["save_wait_sec"] for line in lines]
+    return times[STEPS] - times[6], [after - before for before, after in itertools.pairwise(waited) if after > before]
 
 
 def guards_sec() -> float:
@@ -239,41 +286,78 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", metavar="F1,F2", help="some of the faults, or overhead")
     parser.add_argument("--long", action="store_true", help="with the tests marked slow, and the overhead")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="tests at a time (2)")
-    parser.add_argument("--out", metavar="FILE", help="write the result as JSON")
+    parser.add_argument(
+        "--out", metavar="FILE", type=os.path.abspath, help="write the result as JSON, after every test"
+    )
+    parser.add_argument("--add", action="store_true", help="to the rows that FILE holds, of the same machine")
     given = parser.parse_args(arguments)
     given.wanted = given.only.split(",") if given.only else [*FAULTS, *["overhead"] * given.long]
+    if given.add and not (given.out and Path(given.out).exists()):
+        raise UserError("--add needs --out with a file that is there")
     if unknown := set(given.wanted) - FAULTS.keys() - {"overhead"}:
-        raise UserError(f"--only {given.only}: no fault {min(unknown)}; there are F1 to F30, Colab and overhead")
+        raise UserError(
+            f"--only {given.only}: no fault {min(unknown)}; there are F1 to F30, Colab, Pickles and overhead"
+        )
     return given
 
 
-def matrix(given: argparse.Namespace) -> dict[str, Any]:
-    start = time.monotonic()
-    members = {fault: found for fault in given.wanted if fault in FAULTS and (found := members_of(fault))}
-    chosen = list(dict.fromkeys(test for found in members.values() for test in found))
-    cases = run_tests(chosen, long=given.long, processes=given.processes) if chosen else []
+def begun(given: argparse.Namespace, command: str) -> dict[str, Any]:
+    """A result without rows, or with those that stand in the file to be added to."""
     result: dict[str, Any] = {
-        "hardware": hardware(torch.device("cpu")), "versions": versions(), "long": given.long,
-        "rows": [row_of(fault, found, cases) for fault, found in members.items()],
+        "hardware": hardware(torch.device("cpu")), "versions": versions(), "commands": [], "rows": [],
     }  # fmt: skip
-    result["seconds"] = round(time.monotonic() - start, 1)
+    if given.add:
+        stored = json.loads(Path(given.out).read_text(encoding="utf-8"))
+        if other := [key for key in ("hardware", "versions") if stored[key] != result[key]]:
+            raise UserError(f"--add: {given.out} is of other {other[0]}: {stored[other[0]]}, not {result[other[0]]}")
+        result = stored
+    result["commands"].append(command)
+    return result
+
+
+def matrix(given: argparse.Namespace, result: dict[str, Any], store: Callable[[], None]) -> None:
+    """Run the tests; `result` is brought up to date, and stored, after each."""
+    members = {fault: found for fault in given.wanted if fault in FAULTS and (found := members_of(fault))}
+    kept = [row for row in result["rows"] if row["fault"] not in members]
+    cases: list[Case] = []
+
+    def ended(case: Case, *, unfinished: bool = True) -> None:
+        cases.append(case)
+        update(unfinished)
+
+    def update(unfinished: bool) -> None:
+        rows = [row_of(fault, found, cases, long=given.long) for fault, found in members.items()]
+        rows = [row | ({"unfinished": True} if unfinished else {}) for row in rows if row["tests"]]
+        result["rows"] = sorted(kept + rows, key=lambda row: list(FAULTS).index(row["fault"]))
+        store()
+
+    if members:
+        chosen = list(dict.fromkeys(test for found in members.values() for test in found))
+        with contextlib.redirect_stdout(sys.stderr):
+            run_tests(chosen, ended, long=given.long, processes=given.processes)
+        update(unfinished=False)
     if "overhead" in given.wanted:
         result["overhead"] = overhead()
-    return result
+        store()
 
 
 def main(arguments: list[str] | None = None) -> int:
     try:
         given = parse(arguments)
-        result = matrix(given)
         words = sys.argv[1:] if arguments is None else arguments
-        result["command"] = shlex.join(["python", "scripts/fault_matrix.py", *words])
+        result = begun(given, shlex.join(["python", "scripts/fault_matrix.py", *words]))
+
+        def store() -> None:
+            if given.out:
+                text = json.dumps(result, indent=1) + "\n"
+                Path(f"{given.out}.tmp").write_text(text, encoding="utf-8")
+                os.replace(f"{given.out}.tmp", given.out)
+
+        matrix(given, result, store)
         print(table(list(shown(result["rows"]))))
         failed = [f"failed: {row['fault']} {name}" for row in result["rows"] for name in row["failed"]]
         told = [f"overhead: {result['overhead']}"] if "overhead" in result else []
         print(*failed, *told, sep="\n")
-        if given.out:
-            Path(given.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return int(bool(failed))
     except (UserError, OSError) as error:
         return report(error)

@@ -1,11 +1,13 @@
-"""Settings that must stand before torch is imported, and the reason for skipping GPU tests."""
+"""Settings that must stand before torch is imported, why GPU tests are skipped, and the count of faults survived."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -36,3 +38,42 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeMode
 
     with fake_model_hub.served(monkeypatch, tmp_path) as hub:
         yield hub
+
+
+class Row:
+    """What was tried of a fault, and what was survived."""
+
+    def __init__(self) -> None:
+        self.tried, self.failures = 0, []
+        self.figures: dict[str, Any] = {}
+
+    def check(self, failure: object, case: object = "") -> None:
+        """One case; `failure` is what went wrong, empty or None for nothing."""
+        self.tried += 1
+        if failure:
+            self.failures.append(f"{case}: {failure}")
+
+    def expect(self, survived: bool, case: object = "") -> None:
+        self.check("" if survived else "did not hold", case)
+
+
+@pytest.fixture
+def row(record_property: Callable[[str, object], None]) -> Callable[[str], Any]:
+    """`with row("F1") as row:` counts cases, reports them to scripts/fault_matrix.py and fails if one failed."""
+
+    @contextlib.contextmanager
+    def counting(fault: str) -> Iterator[Row]:
+        row = Row()
+        completed = False
+        try:
+            yield row
+            completed = True
+        finally:
+            survived = row.tried - len(row.failures)
+            result = {"tried": row.tried, "survived": survived, "completed": completed, "figures": row.figures}
+            record_property(fault, json.dumps(result))
+        assert row.tried, f"{fault}: nothing was tried"
+        shown = "\n".join(row.failures[:5])
+        assert not row.failures, f"{fault}: {len(row.failures)} of {row.tried} failed\n{shown}"
+
+    return counting

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from xml.etree.ElementTree import Element, SubElement
 
 import fault_matrix
 import pytest
-from fault_matrix import FAULTS, main, members_of, row_of
+from fault_matrix import FAULTS, Case, main, members_of, row_of
 
 
-def case(name: str, *, failed: bool = False, **counted: dict[str, Any]) -> Element:
-    """A test case as pytest writes it."""
-    file, _, function = name.partition("::")
-    made = Element("testcase", file=file, name=function, time="1.5")
-    for fault, values in counted.items():
-        SubElement(SubElement(made, "properties"), "property", name=fault, value=json.dumps(values))
-    if failed:
-        SubElement(made, "failure")
-    return made
+def case(name: str, *, failed: bool = False, **counted: dict[str, Any]) -> Case:
+    return Case(name, not failed, 1.5, [(fault, json.dumps(values)) for fault, values in counted.items()])
 
 
 def counts(tried: int, survived: int, **figures: object) -> dict[str, Any]:
@@ -54,28 +46,68 @@ def test_a_failure_is_never_a_survival() -> None:
     assert (row["tried"], row["survived"]) == (2, 1)
 
 
-def test_the_table_and_its_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """pytest is not run again within pytest; what it would have written is there."""
+class Reports:
+    """In place of pytest, which is not run again within pytest: every test ends, and `failing` may fail."""
 
-    def run(command: list[str], **_: object) -> None:
-        name = next(word for word in command if "::" in word)
-        suite = Element("testsuite")
-        suite.append(case(name, failed="F3" in given, F3=counts(5, 5)))
-        result = next(word for word in command if word.startswith("--junit-xml=")).partition("=")[2]
-        fault_matrix.xml.etree.ElementTree.ElementTree(suite).write(result)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.failing, self.cut_off = False, False
+        monkeypatch.setattr(pytest, "main", self.main)
+        monkeypatch.chdir(Path(__file__).parent)
 
-    monkeypatch.setattr(subprocess, "run", run)
-    given = "F10"
+    def main(self, words: list[str], plugins: list[Any]) -> pytest.ExitCode:
+        tests = [word for word in words if "::" in word]
+        for number, name in enumerate(tests):
+            if self.cut_off and number:
+                raise KeyboardInterrupt
+            fault = "F12" if "test_exact" in name else "F3"
+            for when in ("setup", "call", "teardown"):
+                plugins[0].pytest_runtest_logreport(SimpleNamespace(
+                    nodeid=name, when=when, duration=0.5, passed=not self.failing, skipped=False,
+                    user_properties=[(fault, json.dumps(counts(5, 5)))],
+                ))  # fmt: skip
+        return pytest.ExitCode.OK
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> Reports:
+    return Reports(monkeypatch)
+
+
+def test_the_table_and_its_file(reports: Reports, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
     assert main(["--only", "F3", "--out", str(out)]) == 0
     assert "F3     SIGKILL during retention  5      5" in capsys.readouterr().out
     stored = json.loads(out.read_text(encoding="utf-8"))
-    assert stored["rows"][0]["tried"] == 5 and stored["command"].startswith("python scripts/fault_matrix.py --only F3")
-    given = "F3"
+    assert stored["rows"][0]["tried"] == 5 and stored["rows"][0]["seconds"] == 1.5
+    assert stored["commands"] == [f"python scripts/fault_matrix.py --only F3 --out {out}"]
+    reports.failing = True
     assert main(["--only", "F3"]) == 1
     assert "failed: F3 tests/faults/" in capsys.readouterr().out
+
+
+def test_what_was_measured_before_stays(reports: Reports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a run that is cut off, and those of a file that is added to."""
+    out = tmp_path / "out.json"
+    reports.cut_off = True
+    with pytest.raises(KeyboardInterrupt):
+        main(["--only", "F3,F12", "--out", str(out)])
+    stored = json.loads(out.read_text(encoding="utf-8"))
+    assert [(row["fault"], row["unfinished"]) for row in stored["rows"]] == [("F3", True)]
+    reports.cut_off = False
+    monkeypatch.setattr(fault_matrix, "overhead", lambda: {"percent": 0.5})
+    assert main(["--only", "F12,overhead", "--out", str(out), "--add"]) == 0
+    assert main(["--only", "F3", "--out", str(out), "--add"]) == 0
+    stored = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["fault"] for row in stored["rows"]] == ["F3", "F12"] and len(stored["commands"]) == 3
+    assert not any("unfinished" in row for row in stored["rows"]) and stored["overhead"] == {"percent": 0.5}
+
+
+def test_a_file_of_another_machine_is_not_added_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    assert main(["--only", "F3", "--out", str(out), "--add"]) == 2
+    out.write_text(json.dumps({"hardware": "an abacus", "versions": {}, "rows": [], "commands": []}), encoding="utf-8")
+    assert main(["--only", "F3", "--out", str(out), "--add"]) == 2
+    assert "an abacus" in capsys.readouterr().err
 
 
 def test_a_fault_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -53,20 +54,22 @@ def test_from_an_offer_to_an_empty_machine(server: FakeModelHub, tmp_path: Path)
 
 def test_training_never_waits_and_the_newest_wins(server: FakeModelHub, tmp_path: Path) -> None:
     root, held, reached = tmp_path / "checkpoints", threading.Event(), threading.Event()
+    ahead = [0.0]
 
     def hold(line: str) -> None:
         if "preupload" in line:
             reached.set()
             held.wait(30)
 
-    push = Pusher(NAME, run_id=RUN, every_sec=0, note=lambda text: None)
+    push = Pusher(NAME, run_id=RUN, every_sec=0, note=lambda text: None, clock=lambda: time.monotonic() + ahead[0])
     server.on_request = hold
     push.offer(save(root, 1))
     assert reached.wait(30)
     shutil.rmtree(root / "step_00000001")  # retention
     for step in (2, 3, 4):
         push.offer(save(root, step))
-    assert push.metrics()["hub_lag_steps"] == 4 and push.metrics()["hub_lag_sec"] > 0
+    ahead[0] = 10.0  # of itself the lag may be less than the tenth of a second that is told
+    assert push.metrics()["hub_lag_steps"] == 4 and push.metrics()["hub_lag_sec"] >= 10
     assert not push.flush(0.05)
     assert not push.flush(3600, stopped=lambda: True)
     held.set()

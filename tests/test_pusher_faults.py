@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fake_model_hub
 import pytest
@@ -154,7 +156,9 @@ def test_no_network_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 # ---- F15: whoever reads, whenever
 
 
-def test_at_every_instant_of_a_push_the_head_is_whole(server: FakeModelHub, tmp_path: Path) -> None:
+def test_at_every_instant_of_a_push_the_head_is_whole(
+    server: FakeModelHub, tmp_path: Path, row: Callable[[str], Any]
+) -> None:
     driven = Driven(every_sec=0.0, keep=1)
     seen: list[int] = []
 
@@ -169,52 +173,69 @@ def test_at_every_instant_of_a_push_the_head_is_whole(server: FakeModelHub, tmp_
     for step in range(2, 6):
         driven.push.offer(save(tmp_path, step))
         driven.turns()
-    assert sorted(seen) == seen and set(seen) == {1, 2, 3, 4, 5} and len(seen) > 40
+    with row("F15") as case:
+        for before, step in zip([1, *seen], seen, strict=False):
+            case.expect(step >= before, f"step {step} after {before}")
+        case.figures["reads between requests"] = len(seen)
+    assert set(seen) == {1, 2, 3, 4, 5} and len(seen) > 40
 
 
-def deaths(server: FakeModelHub, tmp_path: Path, which: Callable[[int], bool]) -> int:
-    """Cut a pusher off at each request of a push, with and without that request's effect; the next one goes on."""
-    first = Driven(every_sec=0.0)
-    first.push.offer(save(tmp_path, 1))
-    before = len(server.log)
-    first.turns()
-    requests, died = len(server.log) - before, 0
-    for number in range(requests):
-        for kind in ("reset", "lost"):
-            if not which(2 * number + (kind == "lost")):
-                continue
-            step, count = 2 + died * 2, [0]
+def deaths(server: FakeModelHub, tmp_path: Path, which: Callable[[int], bool], case: Any, *, keep: int = 100) -> None:
+    """Cut a pusher off at each request of a push: before it had any effect, after it, within the answer; the
+    next one goes on."""
+    first = Driven(every_sec=0.0, keep=keep)
+    for step in (1, 2):
+        first.push.offer(save(tmp_path, step))
+        before = len(server.log)
+        first.turns()
+    requests, last = len(server.log) - before, 2
+    for number, (at, kind) in enumerate(itertools.product(range(requests), ("reset", "lost", "lost 500", "half"))):
+        if not which(number):
+            continue
+        step, count = last + 2, [0]
 
-            def cut(line: str, number: int = number, kind: str = kind, count: list[int] = count) -> None:
-                if count[0] == number:
-                    server.faults = [Fault(".", kind), Fault(".", "reset", 10**6)]
-                count[0] += 1
+        def cut(line: str, at: int = at, kind: str = kind, count: list[int] = count) -> None:
+            if count[0] == at:
+                server.faults = [Fault(".", kind), Fault(".", "reset", 10**6)]
+            count[0] += 1
 
-            dying = Driven(every_sec=0.0)
-            dying.push.offer(save(tmp_path, step))
-            server.on_request = cut
-            dying.push._turn()
-            server.on_request, server.faults = lambda line: None, []
-            assert tree_is_whole(server, tmp_path / "seen") in (step - 2, step - 1, step)
-            died += 1
-            after = Driven(every_sec=0.0)
-            after.push.offer(save(tmp_path, step + 1))
-            after.turns()
-            assert tree_is_whole(server, tmp_path / "seen") == step + 1
-    return died
+        dying = Driven(every_sec=0.0, keep=keep)
+        dying.push.offer(save(tmp_path, step))
+        server.on_request = cut
+        dying.push._turn()
+        server.on_request, server.faults = lambda line: None, []
+        case.expect(tree_is_whole(server, tmp_path / "seen") in (last, step), f"request {at}, {kind}")
+        after = Driven(every_sec=0.0, keep=keep)
+        after.push.offer(save(tmp_path, last := step + 1))
+        after.turns()
+        case.expect(tree_is_whole(server, tmp_path / "seen") == last, f"after request {at}, {kind}")
+        case.figures["deaths of a pusher"] = case.figures.get("deaths of a pusher", 0) + 1
 
 
-def test_a_pusher_that_dies_leaves_the_head_whole(server: FakeModelHub, tmp_path: Path) -> None:
-    assert deaths(server, tmp_path, lambda number: number % 4 == 1) >= 5
+def test_a_pusher_that_dies_leaves_the_head_whole(
+    server: FakeModelHub, tmp_path: Path, row: Callable[[str], Any]
+) -> None:
+    with row("F15") as case:
+        deaths(server, tmp_path, lambda number: number % 7 == 1, case)
+        assert case.figures["deaths of a pusher"] >= 5
 
 
 @pytest.mark.slow
-def test_a_pusher_that_dies_anywhere_leaves_the_head_whole(server: FakeModelHub, tmp_path: Path) -> None:
-    assert deaths(server, tmp_path, lambda number: True) >= 20
+def test_a_pusher_that_dies_anywhere_leaves_the_head_whole(
+    server: FakeModelHub, tmp_path: Path, row: Callable[[str], Any]
+) -> None:
+    """While states gather, and where each push squashes the history."""
+    with row("F15") as case:
+        for keep in (100, 1):
+            server.repos.clear()
+            deaths(server, tmp_path / str(keep), lambda number: True, case, keep=keep)
+        assert case.figures["deaths of a pusher"] >= 100
 
 
 @pytest.mark.slow
-def test_two_hundred_readers_of_pushes_under_way(server: FakeModelHub, tmp_path: Path) -> None:
+def test_two_hundred_readers_of_pushes_under_way(
+    server: FakeModelHub, tmp_path: Path, row: Callable[[str], Any]
+) -> None:
     push = Pusher(NAME, run_id=RUN, every_sec=0.05, note=lambda text: None, keep=20)
     push.offer(save(tmp_path, 1))
     assert push.flush(60)
@@ -232,10 +253,12 @@ def test_two_hundred_readers_of_pushes_under_way(server: FakeModelHub, tmp_path:
     trainer.start()
     try:
         steps = set()
-        for number in range(200):
-            found = hub.pull(NAME, tmp_path / f"reader{number}", note=lambda text: None)
-            assert found is not None and contents(found) == known[int(found.name[5:])]
-            steps.add(found.name)
+        with row("F15") as case:
+            for number in range(200):
+                found = hub.pull(NAME, tmp_path / f"reader{number}", note=lambda text: None)
+                case.expect(found is not None and contents(found) == known[int(found.name[5:])], f"reader {number}")
+                steps.add(found and found.name)
+            case.figures["reads during a push"] = case.tried
     finally:
         over.set()
         trainer.join()

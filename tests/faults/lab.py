@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -179,6 +180,30 @@ class Lab:
             assert result.codes == [0] * len(result.codes), result
             self.references[key] = name
         return self.references[key]
+
+
+@contextlib.contextmanager
+def torchrun(lab: Lab, name: str, *overrides: str, restarts: int = 0) -> Iterator[subprocess.Popen[str]]:
+    """The real one, with two ranks; nothing of it is left afterwards."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [f"--max-restarts={restarts}", str(ROOT / "train.py"), *lab.arguments(name, *overrides)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        for pid in [process.pid, *_children(process.pid)]:  # ranks have sessions of their own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
 
 
 # ---- what is compared

@@ -87,7 +87,7 @@ def test_one_death_and_an_empty_disk(lab: Lab, server: FakeModelHub, row: Callab
 @pytest.mark.slow
 def test_a_simulated_colab(lab: Lab, server: FakeModelHub, row: Callable[[str], Any]) -> None:
     with row("Colab") as case:
-        colab(lab, server, "colab", 4000, 500, case)
+        colab(lab, server, "colab", 4000, 800, case)  # were 10 steps its 5 minutes, a session would last 7 hours
         case.check("" if case.figures["goodput"] >= GOODPUT else case.figures, "goodput")
 
 

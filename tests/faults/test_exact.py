@@ -119,7 +119,7 @@ def same_order(lab: Lab, name: str, reference: str, case: Any) -> None:
 
 def resized(lab: Lab, worlds: Sequence[int], steps: int, case: Any) -> None:
     """A run that goes on with another number of ranks, several times."""
-    name = "ranks-" + "-".join(map(str, worlds))
+    name = f"ranks-{steps}-" + "-".join(map(str, worlds))
     options = (f"train.steps={steps}", *FP32)
     reference = lab.reference(*options)
     for number, ranks in enumerate(worlds):

@@ -121,12 +121,11 @@ def test_a_run_killed_at_every_boundary_of_a_save(lab: Lab, row: Callable[[str],
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_two_ranks_killed_during_a_save(lab: Lab, row: Callable[[str], Any]) -> None:
+def test_two_ranks_killed_at_every_boundary_of_a_save(lab: Lab, row: Callable[[str], Any]) -> None:
     lines = boundaries(lab, FAST, ranks=2)
     with row("F1") as case:
-        chosen = sampled(lines, "mkdir ", "write .*model")
-        chosen += [(number, False) for number in range(1, len(lines), 25) if (number, False) not in chosen]
-        for boundary, torn in chosen:
+        torn_writes = [(number, torn) for number, torn in sampled(lines, "write .*model") if torn]
+        for boundary, torn in [*((number, False) for number in range(len(lines))), *torn_writes]:
             name = f"kill-two-{boundary}-{torn}"
             case.check(killed_and_resumed(lab, name, FAST, boundary, torn, 2), f"{boundary} {lines[boundary]}")
         case.figures["2 ranks killed during a save"] = case.tried

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from lab import ROOT, Lab, checkpoints, differences, lines, newest, same_end
+from lab import Lab, checkpoints, differences, lines, newest, same_end, torchrun
 
 pytestmark = pytest.mark.dist
 HANG_SEC = 3.0
@@ -73,18 +72,14 @@ def test_a_slow_rank_is_waited_for(lab: Lab, row: Callable[[str], Any]) -> None:
 def test_torchrun_starts_the_group_again(lab: Lab, row: Callable[[str], Any]) -> None:
     """One rank killed from outside: `--max-restarts` goes on from the checkpoint, to the same end."""
     reference = lab[lab.reference("train.steps=40", "checkpoint.every_steps=2", ranks=2)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
-    command += [str(ROOT / "train.py"), *lab.arguments("again", "train.steps=40", "checkpoint.every_steps=2")]
     with row("F20") as case:
-        with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-        ) as process:
+        with torchrun(lab, "again", "train.steps=40", "checkpoint.every_steps=2", restarts=2) as process:
             deadline = time.monotonic() + 60
             while not checkpoints(lab["again"]) and time.monotonic() < deadline:
                 time.sleep(0.01)
             found = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "train.py"], capture_output=True, text=True)
             subprocess.run(["kill", "-KILL", found.stdout.split()[-1]], check=True)
-            errors = process.communicate(timeout=120)[1]
+            errors = process.communicate(timeout=180)[1]
         case.check("" if process.returncode == 0 else errors[-2000:], "exit code")
         case.check(same_end(lab["again"], reference), "the end")
 

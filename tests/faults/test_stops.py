@@ -6,14 +6,12 @@ import itertools
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from lab import ROOT, Lab, Result, checkpoints, differences, lines, newest, same_end
+from lab import Lab, Result, checkpoints, differences, lines, newest, same_end, torchrun
 
 PHASES = (
     "step", "forward", "accumulation", "backward", "optimizer", "eval", "sample", "save", "data", "workers",
@@ -163,12 +161,8 @@ def test_a_signal_to_torchrun(lab: Lab, row: Callable[[str], Any]) -> None:
     with row("F9") as case:
         for number in (signal.SIGTERM, signal.SIGINT):
             name = f"torchrun-{number}"
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
             options = ("train.steps=2000", "checkpoint.every_steps=100000", "sample.every_steps=100000")
-            command += [str(ROOT / "train.py"), *lab.arguments(name, *options, "eval.every_steps=100000")]
-            with subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-            ) as process:
+            with torchrun(lab, name, *options, "eval.every_steps=100000") as process:
                 deadline = time.monotonic() + 60
                 while len(lines(lab[name])) < AT and time.monotonic() < deadline:
                     time.sleep(0.05)
