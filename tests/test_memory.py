@@ -121,7 +121,7 @@ CASES: dict[str, tuple[torch.dtype, dict[str, dict[str, Any]]]] = {
 
 # bf16 is emulated, and takes long, on a processor without it
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow) if case == "isolated, bf16" else case for case in CASES]
+    "case", [pytest.param(case, marks=pytest.mark.slow) if ", bf16" in case else case for case in CASES]
 )
 def test_the_peak_is_what_a_real_step_takes(case: str) -> None:
     dtype, changes = CASES[case]
@@ -191,9 +191,9 @@ def test_more_rows_take_more_and_recomputation_takes_less() -> None:
     def allocated(rows: int, **train: Any) -> int:
         return memory.peak(small(train={"batch_tokens": 16 * 128} | train), dtype=torch.float16, rows=rows).allocated
 
-    sizes = [allocated(rows) for rows in (1, 2, 7, 8)]
+    sizes = [allocated(rows) for rows in (1, 7, 8)]
     assert sizes == sorted(set(sizes))
-    assert sizes[3] > allocated(8, recompute="selective") > allocated(8, recompute="full")
+    assert sizes[2] > allocated(8, recompute="selective") > allocated(8, recompute="full")
     assert allocated(9) == allocated(8)  # train.py cuts 16 rows into two equal parts
 
 

@@ -17,7 +17,6 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import nn
-from torch.distributed import TCPStore
 
 import parallel
 from config import Config, UserError
@@ -68,7 +67,9 @@ def test_one_process_is_the_mesh_without_communication(monkeypatch: pytest.Monke
 
 
 TWO = """
-import json, sys
+import warnings
+warnings.simplefilter("error")
+import json, os
 import torch
 import parallel
 from config import UserError
@@ -93,55 +94,10 @@ with parallel.processes(allow_cpu=True) as mesh:
         with parallel.synchronised(replica, last):
             replica(rows).sum().backward()
         found["grads"].append(model.weight.grad.flatten().tolist())
-found["left"] = not torch.distributed.is_initialized()
-print(json.dumps(found))
-"""
 
-
-def two_ranks(code: str) -> list[str]:
-    """What two processes of a group print, in the order of their ranks."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent does
-    env = {
-        **os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }  # fmt: skip
-    # torch 2.13 would have DDP's argument under a name that 2.9 does not know.
-    command = [sys.executable, "-W", "error", "-c", code]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ranks = [subprocess.Popen(command, env=env | {"RANK": rank, "LOCAL_RANK": rank}, **pipes) for rank in "01"]
-    try:
-        outputs = [process.communicate(timeout=60) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], outputs
-    return [output for output, _ in outputs]
-
-
-@pytest.mark.dist
-def test_two_processes() -> None:
-    """Reductions over gloo, rank 0's error everywhere, and gradients averaged in a step's last micro-batch only."""
-    for rank, output in enumerate(two_ranks(TWO)):
-        found = json.loads(output.splitlines()[-1])
-        assert found["mesh"] == [rank, 2, "cpu"] and found["left"]
-        assert found["sum"] == [3.0, 30.0] and found["any"] == [False, True, True, True]
-        assert found["to main"] == ([[0, 7], [1, 7]] if rank == 0 else [])
-        assert found["from main"] == {"text": [1, "a"]} and found["error"] == "no such file"
-        assert found["weight"] == [[0.0, 0.0]]  # rank 0's
-        own = 1.0 + rank
-        assert found["grads"] == [[own, 1.0], [2 * own, 11.0], [4.5, 111.0]]
-
-
-ABANDONED = """
-import json
-import torch
-import parallel
-
-with parallel.processes(allow_cpu=True) as mesh:
-    mesh = parallel.for_training(mesh, 20.0)
     layers = [torch.nn.Linear(600, 600, bias=False) for _ in range(4)]
     model, rows = torch.nn.Sequential(*layers), torch.full((2, 600), 1.0 + mesh.rank)
-    found = []
+    found["exchanges"] = []
     for fails in ("", "backward", "forward", ""):
         replica = parallel.parallelize(model, mesh)
         replica(rows).sum().backward()  # DDP begins with one bucket, and then makes more
@@ -157,22 +113,52 @@ with parallel.processes(allow_cpu=True) as mesh:
         except ZeroDivisionError:
             failed = True
         if failed:
-            found.append(replica.exchange.begun)
+            found["exchanges"].append(replica.exchange.begun)
             parallel.abandon(replica)
         if hook is not None:
             hook.remove()
         if not mesh.any(failed)[0]:
-            found.append([layer.weight.grad.sum().item() for layer in layers])
+            found["exchanges"].append([layer.weight.grad.sum().item() for layer in layers])
         del replica
         model.zero_grad(set_to_none=True)
-print(json.dumps(found))
+found["left"] = not torch.distributed.is_initialized()
+with open(f"{os.environ['OUT']}/{mesh.rank}.json", "w") as file:
+    json.dump(found, file)
 """
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes of torchrun's find, in the order of their ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "two.py").write_text(TWO, encoding="utf-8")
+    env = {
+        **os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OUT": str(folder),
+    }  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(folder / "two.py")], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
 @pytest.mark.dist
-def test_a_rank_that_fails_in_the_exchange_of_gradients_holds_up_nobody() -> None:
-    outputs = two_ranks(ABANDONED)
-    ours, theirs = (json.loads(output.splitlines()[-1]) for output in outputs)
+def test_two_processes(two_ranks: list[dict[str, Any]]) -> None:
+    """Reductions over gloo, rank 0's error everywhere, and gradients averaged in a step's last micro-batch only."""
+    for rank, found in enumerate(two_ranks):
+        assert found["mesh"] == [rank, 2, "cpu"] and found["left"]
+        assert found["sum"] == [3.0, 30.0] and found["any"] == [False, True, True, True]
+        assert found["to main"] == ([[0, 7], [1, 7]] if rank == 0 else [])
+        assert found["from main"] == {"text": [1, "a"]} and found["error"] == "no such file"
+        assert found["weight"] == [[0.0, 0.0]]  # rank 0's
+        own = 1.0 + rank
+        assert found["grads"] == [[own, 1.0], [2 * own, 11.0], [4.5, 111.0]]
+
+
+@pytest.mark.dist
+def test_a_rank_that_fails_in_the_exchange_of_gradients_holds_up_nobody(two_ranks: list[dict[str, Any]]) -> None:
+    ours, theirs = (found["exchanges"] for found in two_ranks)
     assert len(ours) == 2 and ours[0] == ours[1]  # a new replica adds up as the first one did
     assert theirs[0] == theirs[3] == ours[0]
     assert theirs[1:3] == [1, 0]  # of two buckets

@@ -295,7 +295,7 @@ def test_flags_are_those_of_the_programs(capsys: pytest.CaptureFixture[str]) -> 
     assert flags(" ".join(first_cells(section("Configuration")))) == training
     assert flags(" ".join(first_cells(section("Generate")))) == sampling
     assert flags(section("Use the model elsewhere")) == exporting
-    assert flags(PROSE) <= training | sampling | exporting | {"--help"}
+    assert flags(PROSE) <= training | sampling | exporting | help_of(fault_matrix.parse, capsys) | {"--help"}
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="signals of POSIX")

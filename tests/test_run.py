@@ -102,7 +102,7 @@ def test_out_of_memory_halves_the_rows_and_loses_no_step(
 ) -> None:
     from model import DeepSeekV3
 
-    assert tiny("whole", "train.steps=6") == 0
+    assert tiny("whole", "train.steps=3") == 0
     real = DeepSeekV3.forward
 
     def forward(self: Any, tokens: torch.Tensor, *args: Any, **options: Any) -> Any:
@@ -111,16 +111,16 @@ def test_out_of_memory_halves_the_rows_and_loses_no_step(
         return real(self, tokens, *args, **options)
 
     monkeypatch.setattr(DeepSeekV3, "forward", forward)
-    assert tiny("small", "train.steps=6") == 0
+    assert tiny("small", "train.steps=3") == 0
     assert capsys.readouterr().out.count("out of memory: ") == 2  # 4 rows, 2, 1
     for ours, theirs in zip(metrics(tmp_path / "small"), metrics(tmp_path / "whole"), strict=True):
         assert ours["step"] == theirs["step"] and ours["tokens"] == theirs["tokens"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
     # What fits is kept on resume, unless other rows are asked for: equal bits, no step tried in vain.
-    stop_after(tiny, "parts", 3, "train.steps=6")
+    stop_after(tiny, "parts", 2, "train.steps=3")
     capsys.readouterr()
-    assert tiny("parts", "train.steps=6") == 0
+    assert tiny("parts", "train.steps=3") == 0
     assert "out of memory" not in capsys.readouterr().out
     assert learned(tmp_path / "parts") == learned(tmp_path / "small")
     assert (newest(tmp_path / "parts") / STATE_FILE).read_bytes() == (

@@ -166,8 +166,8 @@ def random_kills(lab: Lab, name: str, kills: int, ranks: int, case: Any, *option
 
 def test_random_kills(lab: Lab, row: Callable[[str], Any]) -> None:
     with row("F2") as case:
-        random_kills(lab, "random", 10, 1, case, "train.steps=16", "checkpoint.every_steps=1", "checkpoint.keep=2")
-        case.figures["kills"] = 10
+        random_kills(lab, "random", 5, 1, case, "train.steps=16", "checkpoint.every_steps=1", "checkpoint.keep=2")
+        case.figures["kills"] = 5
 
 
 @pytest.mark.slow
