@@ -319,31 +319,22 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(*arguments: object) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "generate.py"), *map(str, arguments)], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONUTF8": "1"}, cwd=ROOT,
-    )  # fmt: skip
-
-
-def test_cli_streams_what_the_library_generates(run_dir: Path) -> None:
-    process = start(
-        "--checkpoint", run_dir, "--prompt", "ab\x1b", "--max-new-tokens", 20, "--greedy", "--device", "cpu"
-    )
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    model, tok = generate.load(run_dir)
-    assert tok is not None
-    prompt = prompt_ids(tok, "ab\x1b")
-    [row] = generate.generate(model, [prompt], max_new_tokens=20, eos_ids=[0], vocab_limit=257)
-    assert out.decode() == "ab\\x1b" + safe_text(str(tok.decode(row))) + "\n"
-    assert b"20 tokens in" in err and err.count(b"\n") == 1
-
-
 def main(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     code = generate.main([*map(str, arguments)])
     captured = capfd.readouterr()
     return code, captured.out, captured.err
+
+
+def test_cli_streams_what_the_library_generates(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    common = ("--max-new-tokens", 20, "--greedy", "--device", "cpu")
+    code, out, err = main(capfd, "--checkpoint", run_dir, "--prompt", "ab\x1b", *common)
+    assert code == 0, err
+    model, tok = generate.load(run_dir)
+    assert tok is not None
+    prompt = prompt_ids(tok, "ab\x1b")
+    [row] = generate.generate(model, [prompt], max_new_tokens=20, eos_ids=[0], vocab_limit=257)
+    assert out == "ab\\x1b" + safe_text(str(tok.decode(row))) + "\n"
+    assert "20 tokens in" in err and err.count("\n") == 1
 
 
 def test_cli_batches(run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -126,7 +126,7 @@ def test_out_of_memory_halves_the_rows_and_loses_no_step(
     assert (newest(tmp_path / "parts") / STATE_FILE).read_bytes() == (
         newest(tmp_path / "small") / STATE_FILE
     ).read_bytes()
-    assert tiny("parts", "train.steps=7", "train.micro_batch=2") == 0
+    assert tiny("parts", "train.steps=4", "train.micro_batch=2") == 0
     assert capsys.readouterr().out.count("out of memory: ") == 1
 
     def never(*_: Any, **__: Any) -> Any:
