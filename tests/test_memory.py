@@ -121,7 +121,7 @@ CASES: dict[str, tuple[torch.dtype, dict[str, dict[str, Any]]]] = {
 
 # bf16 is emulated, and takes long, on a processor without it
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow) if ", bf16" in case else case for case in CASES]
+    "case", [pytest.param(case, marks=pytest.mark.slow) if "bf16" in case else case for case in CASES]
 )
 def test_the_peak_is_what_a_real_step_takes(case: str) -> None:
     dtype, changes = CASES[case]

@@ -46,8 +46,10 @@ def log_operations(root: str, path: str, since: str = "") -> None:
     Shim(root, act, since=since).install()
 
 
-def kill_at(root: str, boundary: int, since: str = "", torn: bool = False, only_rank: int = 0) -> None:
-    """SIGKILL before the operation of this number; `torn`: after half of what it writes."""
+def kill_at(
+    root: str, boundary: int, since: str = "", torn: bool = False, only_rank: int = 0, group: bool = False
+) -> None:
+    """SIGKILL before the operation of this number; `torn`: after half of what it writes. `group`: to all ranks."""
 
     def act(number: int, operation: Operation) -> None:
         if number == boundary:
@@ -55,7 +57,7 @@ def kill_at(root: str, boundary: int, since: str = "", torn: bool = False, only_
                 half = operation.data[: len(operation.data) // 2]
                 operation.file.write(half.decode() if operation.file.__class__.__name__ == "TextIOWrapper" else half)
                 operation.file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
+            (os.killpg if group else os.kill)(0 if group else os.getpid(), signal.SIGKILL)
 
     if rank() == only_rank:
         Shim(root, act, since=since).install()

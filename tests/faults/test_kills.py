@@ -65,9 +65,10 @@ def boundaries(lab: Lab, options: tuple[str, ...], ranks: int = 1) -> list[str]:
     """What a run's save of step 4 does, the retention after it included."""
     name = f"listed-{ranks}"
     log = lab[f"{name}.log"]
-    fault = ("log_operations", {"root": str(lab[name]), "path": str(log), "since": SINCE})
-    result = lab.run(name, *options, faults=[fault], ranks=ranks)
-    assert result.codes == [0] * ranks, result
+    if not log.exists():  # the lab is one for several tests
+        fault = ("log_operations", {"root": str(lab[name]), "path": str(log), "since": SINCE})
+        result = lab.run(name, *options, faults=[fault], ranks=ranks)
+        assert result.codes == [0] * ranks, result
     lines = log.read_text(encoding="utf-8").splitlines()
     end = next((number for number, line in enumerate(lines) if "step_00000006" in line), len(lines))
     return [line for line in lines[:end] if "metrics.jsonl" not in line]
@@ -80,10 +81,12 @@ def sampled(lines: list[str], *more: str) -> list[tuple[int, bool]]:
     return [(number, "write" in lines[number]) for number in found]
 
 
-def killed_and_resumed(lab: Lab, name: str, options: tuple[str, ...], boundary: int, torn: bool, ranks: int) -> str:
+def killed_and_resumed(
+    lab: Lab, name: str, options: tuple[str, ...], boundary: int, torn: bool, ranks: int, group: bool = False
+) -> str:
     """What is wrong with a run that is killed in its save of step 4 and started again."""
     reference = lab[lab.reference(*options, ranks=ranks)]
-    fault = ("kill_at", {"root": str(lab[name]), "boundary": boundary, "since": SINCE, "torn": torn})
+    fault = ("kill_at", {"root": str(lab[name]), "boundary": boundary, "since": SINCE, "torn": torn, "group": group})
     killed = lab.run(name, *options, faults=[fault], ranks=ranks)
     if killed.codes[0] != -signal.SIGKILL:
         return f"was not killed: {killed}"
@@ -126,8 +129,8 @@ def test_two_ranks_killed_at_every_boundary_of_a_save(lab: Lab, row: Callable[[s
     with row("F1") as case:
         torn_writes = [(number, torn) for number, torn in sampled(lines, "write .*model") if torn]
         for boundary, torn in [*((number, False) for number in range(len(lines))), *torn_writes]:
-            name = f"kill-two-{boundary}-{torn}"
-            case.check(killed_and_resumed(lab, name, FAST, boundary, torn, 2), f"{boundary} {lines[boundary]}")
+            name, group = f"kill-two-{boundary}-{torn}", not torn  # a rank that is left alone takes seconds to end
+            case.check(killed_and_resumed(lab, name, FAST, boundary, torn, 2, group), f"{boundary} {lines[boundary]}")
         case.figures["2 ranks killed during a save"] = case.tried
 
 
