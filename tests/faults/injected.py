@@ -53,7 +53,7 @@ def kill_at(
 
     def act(number: int, operation: Operation) -> None:
         if number == boundary:
-            if torn and operation.file is not None and operation.data:
+            if torn and ".tmp-" in str(operation.path) and operation.file is not None and operation.data:
                 half = operation.data[: len(operation.data) // 2]
                 operation.file.write(half.decode() if operation.file.__class__.__name__ == "TextIOWrapper" else half)
                 operation.file.flush()
