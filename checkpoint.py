@@ -253,7 +253,7 @@ def prune(root: Path, keep: int, *, never: Path | None = None, known: Known | No
                     log.warning("cannot delete checkpoint %s: %s", path, error)
             continue
         try:
-            _verify_once(path, set() if known is None else known)
+            _verify_once(path, known)
             intact += 1
         except CheckpointError as error:
             log.warning("a damaged checkpoint is moved aside: %s", error)
@@ -271,14 +271,20 @@ def set_newer_aside(root: Path, step: int) -> None:
             _quarantine(path, "diverged")
 
 
-def _verify_once(path: Path, known: Known) -> None:
-    """Verify unless this very checkpoint was before; raises CheckpointError."""
+def key_of(path: Path) -> tuple[str, str]:
+    """What a checkpoint is `known` by: its name, and the SHA-256 of its manifest; raises CheckpointError."""
     try:
-        key = path.name, hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+        return path.name, hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
     except OSError as error:
         raise unreadable(path / MANIFEST, error) from None
-    if key not in known:
+
+
+def _verify_once(path: Path, known: Known | None) -> None:
+    """Verify unless this very checkpoint was before; raises CheckpointError."""
+    key = key_of(path)
+    if known is None or key not in known:
         verify(path)
+    if known is not None:
         known.add(key)
 
 
@@ -464,7 +470,7 @@ def latest(root: Path, *, quarantine: bool = False, most: int | None = None, kno
         if most is not None and step_of(path) > most:
             continue
         try:
-            _verify_once(path, set() if known is None else known)
+            _verify_once(path, known)
         except CheckpointError as error:
             log.warning("skipping a damaged checkpoint: %s", error)
             damaged.append(path)

@@ -10,10 +10,13 @@ import sys
 import threading
 import traceback
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 from config import UserError
 from text import clean, keep_secret
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 MIN_TORCH = (2, 9)
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
@@ -50,6 +53,16 @@ def out_of_memory(error: BaseException | None) -> bool:
     """Whether a GPU's or the machine's memory ran out. torch's own class by name: it may not be imported."""
     host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     return host or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def within_memory(run: Callable[P, T], *args: P.args, **options: P.kwargs) -> T | None:
+    """What `run` returns; None where memory ran out."""
+    try:
+        return run(*args, **options)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return None
 
 
 def passing_disk() -> str | None:

@@ -38,7 +38,9 @@ def evaluate(
     most, done = math.ceil(len(held_out.tokens) / mesh.world_size), 0
     while done < most:  # equally often on every rank
         part = slice(start + done, min(start + done + rows, end))
-        found = _nats(model, held_out, part, mesh, eos) if part.start < part.stop else torch.zeros_like(sums)
+        found = torch.zeros_like(sums)
+        if part.start < part.stop:
+            found = environment.within_memory(_nats, model, held_out, part, mesh, eos)
         stopped, full = mesh.any(stop(), found is None)
         if found is not None and not full:
             sums += found
@@ -59,19 +61,14 @@ def evaluate(
     return {key: value if math.isfinite(value) else None for key, value in scores.items()}
 
 
-def _nats(model: DeepSeekV3, held_out: Validation, part: slice, mesh: Mesh, eos: int | None) -> Tensor | None:
-    """Nats and targets of some rows, (2,); None where memory ran out."""
-    try:
-        tokens, targets = held_out.tokens[part].to(mesh.device), held_out.targets[part].to(mesh.device)
-        doc_ids, positions = ops.documents(tokens, eos) if eos is not None else (None, None)
-        hidden_BTD, _ = model.hidden(tokens, positions=positions, doc_ids=doc_ids)  # the main head alone
-        target_1N = targets[:, : tokens.shape[1]].reshape(1, -1)
-        one = torch.ones(1, device=mesh.device)
-        _, nats_1, _ = losses.linear_cross_entropy(
-            hidden_BTD.flatten(0, 1), model.lm_head.weight, target_1N, one, path=model.paths.loss
-        )
-        return torch.stack((nats_1[0].double(), (target_1N != losses.IGNORE).sum().double()))
-    except (RuntimeError, MemoryError) as error:
-        if not environment.out_of_memory(error):
-            raise
-        return None
+def _nats(model: DeepSeekV3, held_out: Validation, part: slice, mesh: Mesh, eos: int | None) -> Tensor:
+    """Nats and targets of some rows, (2,)."""
+    tokens, targets = held_out.tokens[part].to(mesh.device), held_out.targets[part].to(mesh.device)
+    doc_ids, positions = ops.documents(tokens, eos) if eos is not None else (None, None)
+    hidden_BTD, _ = model.hidden(tokens, positions=positions, doc_ids=doc_ids)  # the main head alone
+    target_1N = targets[:, : tokens.shape[1]].reshape(1, -1)
+    one = torch.ones(1, device=mesh.device)
+    _, nats_1, _ = losses.linear_cross_entropy(
+        hidden_BTD.flatten(0, 1), model.lm_head.weight, target_1N, one, path=model.paths.loss
+    )
+    return torch.stack((nats_1[0].double(), (target_1N != losses.IGNORE).sum().double()))

@@ -42,13 +42,11 @@ class Mirror:
         another run, or cannot be asked and nothing is here to go on from.
         `claim` makes the folder ours before the first file is written.
         """
-        if self.repo_id is None:
+        if self.repo_id is None or resume_from == "never":  # then the folder will be moved aside
             return
         place, root = self.folder / RUN_FILE, self.folder / "checkpoints"
-        if resume_from != "never" and place.exists():  # else the folder will be moved aside
+        if place.exists():
             self.run_id = str(checkpoint.read_json(place).get("run", ""))
-        if resume_from == "never":
-            return
         local = checkpoint.latest(root, quarantine=True, known=self.known)
         if resume_from != "auto":
             self._adopt(resume_from, local, precision)
@@ -68,8 +66,8 @@ class Mirror:
             self.remember()  # first: a folder with checkpoints and no name would be taken for another run's
             self.note(f"hub: fetching step {theirs.step} of {self.repo_id}")
             pulled = hub.pull(self.repo_id, root, note=self.note)
-            if pulled is not None and (digest := resume.identity(pulled)):
-                self.known.add((pulled.name, digest))
+            if pulled is not None:
+                self.known.add(checkpoint.key_of(pulled))
             self.ahead = None
         except (Unreachable, CheckpointError) as error:
             if local is None:

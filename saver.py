@@ -77,16 +77,13 @@ class Saver:
         start = self.clock()
         self.wait()
         tensors, files = contents()
-        self.live = False
-        try:
-            copies: Mapping[str, Mapping[str, Tensor]] = snapshot(tensors)
-        except (RuntimeError, MemoryError) as error:
-            if not environment.out_of_memory(error):
-                raise
-            copies, self.live = tensors, True
+        copies = environment.within_memory(snapshot, tensors)
+        self.live = copies is None
+        if self.live:
             self.note(f"too little memory to copy the state of step {step}: training waits while it is written")
         self._last = self.clock()
-        self._thread = threading.Thread(target=self._write, args=(step, copies, files), name="saver")
+        written = tensors if copies is None else copies
+        self._thread = threading.Thread(target=self._write, args=(step, written, files), name="saver")
         self._thread.start()
         self.stall_sec += self.clock() - start
 

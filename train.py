@@ -94,7 +94,8 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
         # DDP has collectives in forward, too, so all ranks must make the same calls.
         idle = part.start == part.stop
         rows_BX = batch.tokens[slice(0, 1) if idle else part]
-        part_sums = add_gradients(run, rows_BX, nothing if idle else weights, last=number == len(parts) - 1)
+        last, weight = number == len(parts) - 1, nothing if idle else weights
+        part_sums = environment.within_memory(add_gradients, run, rows_BX, weight, last=last)
         full = part_sums is None
         if not idle and part_sums is not None:
             sums = part_sums if sums is None else sums + part_sums
@@ -123,30 +124,25 @@ def train_step(run: Run, step: int, batch: Batch) -> dict[str, Any] | None:
     return metrics | {"lr": lr, "grad_norm": grad_norm if finite else None, "skipped": not finite, "counts": counts_LE}
 
 
-def add_gradients(run: Run, rows_BX: Tensor, weights: LossWeights, *, last: bool) -> Tensor | None:
-    """Forward and backward of a micro-batch; the sums of `train_step`, flat, or None where memory ran out."""
+def add_gradients(run: Run, rows_BX: Tensor, weights: LossWeights, *, last: bool) -> Tensor:
+    """Forward and backward of a micro-batch; the sums of `train_step`, flat."""
     import torch
 
     from data import inputs
     from parallel import synchronised
 
     data = run.config.data
-    try:
-        with synchronised(run.replica, last=last):
-            given = inputs(
-                rows_BX.to(run.mesh.device, non_blocking=True), data.seq_len, run.eos,
-                packed=data.packing == "best_fit", isolated=data.document_mask, crossing=data.cross_targets,
-            )  # fmt: skip
-            out = run.replica(
-                given.tokens, given.targets, positions=given.positions, doc_ids=given.doc_ids, loss_weights=weights
-            )
-            out.loss.backward()
-        counted = (out.nats, out.num_correct, out.balance, out.expert_counts)
-        return torch.cat([tensor.detach().double().flatten() for tensor in counted])
-    except (RuntimeError, MemoryError) as error:
-        if not environment.out_of_memory(error):
-            raise
-        return None
+    with synchronised(run.replica, last=last):
+        given = inputs(
+            rows_BX.to(run.mesh.device, non_blocking=True), data.seq_len, run.eos, packed=data.packing == "best_fit",
+            isolated=data.document_mask, crossing=data.cross_targets,
+        )  # fmt: skip
+        out = run.replica(
+            given.tokens, given.targets, positions=given.positions, doc_ids=given.doc_ids, loss_weights=weights
+        )
+        out.loss.backward()
+    counted = (out.nats, out.num_correct, out.balance, out.expert_counts)
+    return torch.cat([tensor.detach().double().flatten() for tensor in counted])
 
 
 class OutOfMemory(Exception):

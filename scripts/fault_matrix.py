@@ -1,7 +1,7 @@
 """What a run survives, counted: the tests of tests/faults/ and their kin, one row per fault.
 
     python scripts/fault_matrix.py                        the short matrix, as plain `pytest` runs it
-    python scripts/fault_matrix.py --long                 with what takes minutes each, most of an hour in all
+    python scripts/fault_matrix.py --long                 with what takes minutes each
     python scripts/fault_matrix.py --only F1,F4 --long    some faults
     python scripts/fault_matrix.py --only overhead        what surviving costs: the guards, and the stall of a save
     python scripts/fault_matrix.py --only Colab,overhead --long --out FILE --add    measured again, into a FILE
@@ -321,9 +321,9 @@ def matrix(given: argparse.Namespace, result: dict[str, Any], store: Callable[[]
     kept = [row for row in result["rows"] if row["fault"] not in members]
     cases: list[Case] = []
 
-    def ended(case: Case, *, unfinished: bool = True) -> None:
+    def ended(case: Case) -> None:
         cases.append(case)
-        update(unfinished)
+        update(unfinished=True)
 
     def update(unfinished: bool) -> None:
         rows = [row_of(fault, found, cases, long=given.long) for fault, found in members.items()]

@@ -277,7 +277,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
 def test_the_free_keys_are_keys() -> None:
     """A renamed key must not silently become one that may not change."""
     assert set(resume.FREE_SECTIONS) < set(Config.model_fields)
-    for key in resume.FREE_KEYS:
+    for key in (*resume.FREE_KEYS, *resume.ORDER):
         section, name = key.split(".")
         assert name in type(getattr(CONFIG, section)).model_fields
 
