@@ -16,7 +16,8 @@ from typing import Any, ParamSpec, TypeVar
 from config import UserError
 from text import clean, keep_secret
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MIN_TORCH = (2, 9)
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
