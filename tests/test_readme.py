@@ -413,8 +413,8 @@ def test_what_was_survived() -> None:
         assert row["tried"] == row["survived"] > 0 and not row["failed"] and "unfinished" not in row, row["fault"]
     figures = {name: row["figures"] for name, row in rows.items()}
     for claim in (
-        f"{rows['F1']['tried']} deaths in saves", f"{figures['F2']['kills']} kills at random", f"{rows['F9']['tried']} signals",
-        f"{rows['F6']['tried']:,} bits flipped in files",
+        f"{rows['F1']['tried']} deaths in saves", f"{figures['F2']['kills']} kills at random",
+        f"{rows['F9']['tried']} signals", f"{rows['F6']['tried']:,} bits flipped in files",
         f"{figures['F11']['stops']} stops in {figures['F11']['combinations']} set-ups",
         f"died {figures['Colab']['deaths']} times in {figures['Colab']['steps']:,} steps",
         f"kept {figures['Colab']['goodput']:.1%} of its work",
