@@ -175,11 +175,13 @@ class MLA(nn.Module):
             cache.write(self.layer, positions_BT, torch.cat((latent_BTC, k_rope_BTR), -1))
             if cache.length > 0:
                 return self.o_proj(self._absorbed(q_nope_BTHP, q_rope_BTHR, positions_BT, cache).flatten(2))
-        kv_BHTX = self.kv_b_proj(latent_BTC).unflatten(-1, (cfg.num_attention_heads, -1)).transpose(1, 2)
-        k_nope_BHTP, v_BHTV = kv_BHTX.split((cfg.qk_nope_head_dim, cfg.v_head_dim), -1)
-        k_rope_BHTR = k_rope_BTR.unsqueeze(1).expand(-1, cfg.num_attention_heads, -1, -1)
-        q_BHTK = torch.cat((q_nope_BTHP.transpose(1, 2), q_rope_BTHR.transpose(1, 2)), -1)
-        k_BHTK = torch.cat((k_nope_BHTP, k_rope_BHTR), -1)
+        kv_BTHX = self.kv_b_proj(latent_BTC).unflatten(-1, (cfg.num_attention_heads, -1))
+        k_nope_BTHP, v_BTHV = kv_BTHX.split((cfg.qk_nope_head_dim, cfg.v_head_dim), -1)
+        k_rope_BTHR = k_rope_BTR.unsqueeze(2).expand(-1, -1, cfg.num_attention_heads, -1)
+        # Heads behind tokens in memory: fused kernels answer in that layout, and `flatten` copies nothing.
+        q_BHTK = torch.cat((q_nope_BTHP, q_rope_BTHR), -1).transpose(1, 2)
+        k_BHTK = torch.cat((k_nope_BTHP, k_rope_BTHR), -1).transpose(1, 2)
+        v_BHTV = v_BTHV.transpose(1, 2)
         out_BHTV = ops.attention(q_BHTK, k_BHTK, v_BHTV, scale=self.scale, path=self.path, mask_B1TS=mask_B1TT)
         return self.o_proj(out_BHTV.transpose(1, 2).flatten(2))
 
@@ -549,7 +551,7 @@ class DeepSeekV3(nn.Module):
             both = (weights.main, *weights.mtp)
             weight_X = torch.stack([torch.full((), weight, device=hidden_BTD.device) for weight in both])
         loss, nats, num_correct = losses.linear_cross_entropy(
-            torch.cat([state.flatten(0, 1) for state in states]),
+            torch.cat([state.flatten(0, 1) for state in states]) if self.mtp else hidden_BTD.flatten(0, 1),
             self.lm_head.weight,
             target_XN,
             weight_X,

@@ -206,14 +206,12 @@ def test_kernels_that_need_a_gpu_have_stand_ins(ops: dict[str, str], on_a_gpu: m
 
 @pytest.mark.parametrize("layers", [2, 4])
 def test_one_document_mask_for_all_layers(layers: int) -> None:
-    """Somewhat less than the mask: the kernels that take one put their output where the next product wants it."""
-
     def allocated(isolated: bool) -> int:
         data, model = {"seq_len": 1024, "document_mask": isolated}, {"num_hidden_layers": layers}
         config = small(data=data, model=model, train={"batch_tokens": 4 * 1024})
         return memory.peak(config, dtype=torch.bfloat16, rows=4).allocated
 
-    assert 0.6 <= (allocated(True) - allocated(False)) / (4 * 1024 * 1024 * 2) <= 1
+    assert 1 <= (allocated(True) - allocated(False)) / (4 * 1024 * 1024 * 2) <= 1.05
 
 
 def test_loads() -> None:
