@@ -162,11 +162,10 @@ class MLA(nn.Module):
     ) -> Tensor:  # fmt: skip
         cfg = self.config
         if cfg.q_lora_rank is None:
-            q_BTHK = self.q_proj(x_BTD).unflatten(-1, (cfg.num_attention_heads, -1))
+            q_BTX = self.q_proj(x_BTD)
         else:
-            q_BTHK = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))).unflatten(
-                -1, (cfg.num_attention_heads, -1)
-            )
+            q_BTX = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        q_BTHK = q_BTX.unflatten(-1, (cfg.num_attention_heads, -1))
         q_nope_BTHP, q_rope_BTHR = q_BTHK.split((cfg.qk_nope_head_dim, cfg.qk_rope_head_dim), -1)
         q_rope_BTHR = rotate(q_rope_BTHR, rope_BTR)
         latent_BTC, k_rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split((cfg.kv_lora_rank, cfg.qk_rope_head_dim), -1)
@@ -177,10 +176,9 @@ class MLA(nn.Module):
                 return self.o_proj(self._absorbed(q_nope_BTHP, q_rope_BTHR, positions_BT, cache).flatten(2))
         kv_BTHX = self.kv_b_proj(latent_BTC).unflatten(-1, (cfg.num_attention_heads, -1))
         k_nope_BTHP, v_BTHV = kv_BTHX.split((cfg.qk_nope_head_dim, cfg.v_head_dim), -1)
-        k_rope_BTHR = k_rope_BTR.unsqueeze(2).expand(-1, -1, cfg.num_attention_heads, -1)
         # Heads behind tokens in memory: fused kernels answer in that layout, and `flatten` copies nothing.
         q_BHTK = torch.cat((q_nope_BTHP, q_rope_BTHR), -1).transpose(1, 2)
-        k_BHTK = torch.cat((k_nope_BTHP, k_rope_BTHR), -1).transpose(1, 2)
+        k_BHTK = torch.cat((k_nope_BTHP, k_rope_BTR.unsqueeze(2).expand_as(q_rope_BTHR)), -1).transpose(1, 2)
         v_BHTV = v_BTHV.transpose(1, 2)
         out_BHTV = ops.attention(q_BHTK, k_BHTK, v_BHTV, scale=self.scale, path=self.path, mask_B1TS=mask_B1TT)
         return self.o_proj(out_BHTV.transpose(1, 2).flatten(2))
