@@ -2,7 +2,7 @@
 
     step       a training step against transformers' DeepseekV3ForCausalLM: every way it computes experts, fp32 and bf16
     ladder     our step with one technique taken away, or put on, at a time
-    memory     the peak memory of those steps, one child process each, above what it held after its imports
+    memory     their peak memory, above what a process holds after its imports: the median of up to five child processes
     generate   greedy tokens with a KV cache against transformers' `generate`, fp32 and bf16
     moe        a layer of experts: ours, expert by expert, and a dense SwiGLU of equal active width
     attention  ours, torch's fused kernel and the plain formula
@@ -23,6 +23,7 @@ import itertools
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -70,6 +71,7 @@ from options import Parser
 
 MOST_FLIPS = 1e-3  # rows with a token routed otherwise, as a share of all tokens
 MOST_COPIES_GIB = 4.0
+MOST_CHILDREN = 5  # whose peaks differ by some percent, as the C library's allocator cuts its memory
 PROMPT_TOKENS, NEW_TOKENS = 16, 64
 THEIR_EXPERTS = ("eager", "batched_mm", "grouped_mm")  # transformers' experts_implementation that train without a GPU
 
@@ -295,14 +297,20 @@ def bench_memory(bench: Bench) -> Rows:
     for name in names:
         print(f"{name}: ", end="", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, "memory", *bench.arguments, "--only", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:  # killed, for memory as a rule
-            left_out[name] = " ".join([f"exit code {done.returncode}", *done.stderr.strip().splitlines()[-1:]])
-            print(left_out[name], file=sys.stderr)
-            continue
-        peak = float(done.stdout.split()[-1])
-        rows.append({"name": name, "peak_gib": peak, "times_first": peak / (rows[0]["peak_gib"] if rows else peak)})
-        print(f"{peak:.3g} GiB, {rows[-1]['times_first']:.2f} times {rows[0]['name']}", file=sys.stderr)
+        peaks: list[float] = []
+        for _ in range(min(bench.repeats, MOST_CHILDREN)):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:  # killed, for memory as a rule
+                left_out[name] = " ".join([f"exit code {done.returncode}", *done.stderr.strip().splitlines()[-1:]])
+                print(left_out[name], file=sys.stderr)
+                break
+            peaks.append(float(done.stdout.split()[-1]))
+        else:
+            peak = statistics.median(peaks)
+            times = peak / (rows[0]["peak_gib"] if rows else peak)
+            spread = {"least_gib": min(peaks), "most_gib": max(peaks), "runs": len(peaks)}
+            rows.append({"name": name, "peak_gib": peak, "times_first": times, **spread})
+            print(f"{peak:.3g} GiB, {rows[-1]['times_first']:.2f} times {rows[0]['name']}", file=sys.stderr)
     return rows + [{"name": name, "left_out": reason} for name, reason in left_out.items()]
 
 

@@ -150,7 +150,7 @@ def test_another_token_is_allowed_after_a_near_tie_only() -> None:
 def test_memory_is_that_of_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left_out = {"transformers batched_mm fp32": "copies 9 GiB of expert weights"}
     monkeypatch.setattr(bench, "step_names", lambda _: (["ours fp32"], left_out))
-    row, other = run("memory", tmp_path)["rows"]
+    row, other = run("memory", tmp_path, "--repeats", "1")["rows"]
     assert 0 < row["peak_gib"] < 2 and row["times_first"] == 1
     assert other == {"name": "transformers batched_mm fp32", "left_out": "copies 9 GiB of expert weights"}
 
