@@ -18,6 +18,7 @@ from data import Validation
 from documents import Manifest
 from remote import Unreachable
 from stream import Cursor, Feed
+from text import say
 from tokenizer import Encoder
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def tokens_ahead(config: Config) -> int:
 
 
 def open_dataset(
-    config: Config, start: Path | None = None, *, fallback: bool | None = None, note: Callable[[str], None] = print
+    config: Config, start: Path | None = None, *, fallback: bool | None = None, note: Callable[[str], None] = say
 ) -> Dataset:
     """Resolve sources and tokenizer (the checkpoint's, a named one, or one made from the sources).
 

@@ -30,6 +30,7 @@ def tokenise_alone() -> None:
 
 def prepare() -> None:
     """Before torch and Hugging Face libraries are imported: `.env`, secrets out of sight, GPU and C allocators."""
+    _open_missing()
     _read_dotenv()
     keep_secret(*(os.environ.get(name) for name in SECRETS))
     _guard_outputs()
@@ -43,6 +44,16 @@ def prepare() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def _open_missing() -> None:
+    """A standard stream that is closed (`>&-`, a daemon) becomes the null device, or a file would take its number and
+    what a library writes there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115
+            os.set_inheritable(stream.fileno(), True)  # for the processes that make batches
+            setattr(sys, name, stream)
 
 
 def hub_repository() -> str | None:

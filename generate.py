@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import environment
 from config import DTYPE_NAMES, UserError
 from options import Parser
-from text import TextStream, prompt_ids, report, safe_text
+from text import TextStream, prompt_ids, report, safe_text, silence
 
 if TYPE_CHECKING:
     import torch
@@ -275,7 +275,7 @@ def read_prompts(given: argparse.Namespace) -> list[str]:
     name = "standard input" if given.prompts_file == "-" else given.prompts_file
     try:
         if given.prompts_file == "-":
-            content = sys.stdin.buffer.read() if sys.stdin else b""  # it may be closed
+            content = sys.stdin.buffer.read()
         else:
             content = Path(os.path.expanduser(given.prompts_file)).read_bytes()
         lines = content.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
@@ -355,10 +355,16 @@ def run(given: argparse.Namespace) -> None:
 
 
 def write(text: str) -> None:
-    """To standard output at once; what its encoding lacks is escaped."""
+    """To standard output at once; what its encoding lacks is escaped. Raises UserError where it cannot be written."""
     encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        silence(sys.stdout)
+        raise UserError(f"standard output cannot be written: {error.strerror}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -373,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader (head, less) has seen enough; nothing is left to flush at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from resume import TrainState
 from run import Run
 from signals import Stopped
 from stream import Batch
-from text import clean
+from text import clean, say
 from tracker import duration
 
 if TYPE_CHECKING:
@@ -34,12 +35,11 @@ MOST_WAITING = 0.05  # share of the time that may be spent waiting for data with
 
 def warn_if_slow(mesh: Mesh, precision: str, seconds_at_peak: float) -> None:
     if mesh.device.type == "cpu" and precision == "bf16" and not cpu_has_bf16():
-        print("this CPU emulates bf16; train.precision=fp32 is many times faster here", flush=True)
+        say("this CPU emulates bf16; train.precision=fp32 is many times faster here")
     if mesh.device.type == "cpu" and seconds_at_peak > 1800:
-        print(
+        say(
             f"no GPU found: on this CPU this run would take about {duration(2 * seconds_at_peak / mesh.world_size)}; "
-            "for one that takes minutes: python train.py --config quickstart",
-            flush=True,
+            "for one that takes minutes: python train.py --config quickstart"
         )
 
 
@@ -161,19 +161,19 @@ def dump(run: Run, state: TrainState, metrics: dict[str, Any]) -> Path:
 
 
 def say_done(config: Config) -> None:
-    print(f"\ndone: the model is in {config.run.dir}/checkpoints, in Hugging Face format")
+    say(f"\ndone: the model is in {config.run.dir}/checkpoints, in Hugging Face format")
     _say_next(config)
 
 
 def say_finished(config: Config, step: int, start: Path | None) -> None:
     place = clean(str(start))
-    print(f"{config.run.name} is finished: {place} is step {step}, and no more are asked for; nothing was changed")
+    say(f"{config.run.name} is finished: {place} is step {step}, and no more are asked for; nothing was changed")
     _say_next(config)
 
 
 def _say_next(config: Config) -> None:
     named = config.run.dir == f"runs/{config.run.name}"
-    print(NEXT.format(dir=config.run.dir, other="run.name" if named else "run.dir"))
+    say(NEXT.format(dir=shlex.quote(config.run.dir), other="run.name" if named else "run.dir"))
 
 
 NEXT = """next:

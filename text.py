@@ -3,10 +3,12 @@ secrets out of sight."""
 
 from __future__ import annotations
 
+import atexit
+import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from options import UserError, shown
 
@@ -57,6 +59,26 @@ def report(error: UserError | OSError) -> int:
     line = " ".join(f"error: {clean(told[:MAX_MESSAGE])}".split())
     print(line if len(line) < MAX_MESSAGE else f"{line[: MAX_MESSAGE - 4]}...", file=sys.stderr)
     return 2
+
+
+def say(text: str = "", end: str = "\n", out: TextIO | None = None) -> None:
+    """Print at once. A reader that has seen enough (head, less) and a full disk cost lines, not the run."""
+    stream = out or sys.stdout
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except BrokenPipeError:
+        silence(stream)
+    except OSError:  # what is buffered is written once there is room
+        atexit.unregister(silence)
+        atexit.register(silence, stream)
+
+
+def silence(out: TextIO) -> None:
+    """Nothing is left for Python to flush, and to fail at, when it ends."""
+    try:
+        out.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
 def prompt_ids(tok: PreTrainedTokenizerFast, text: str) -> list[int]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from text import clean, redact
+from text import clean, redact, say
 
 LINE_EVERY_SEC = 0.2  # on a terminal
 PLAIN_EVERY_SEC = 30.0  # elsewhere: a line during steps that take long
@@ -113,10 +113,7 @@ class Tracker:
             self.width = 0
 
     def _print(self, text: str, end: str = "\n") -> None:
-        try:
-            print(text, end=end, file=self.out, flush=True)
-        except BrokenPipeError:  # the reader (head, less) has seen enough; the run goes on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.out.fileno())
+        say(text, end, self.out)
 
 
 def _quote(text: str) -> str:

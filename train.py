@@ -24,7 +24,7 @@ import environment
 from config import Config, UserError
 from options import Parser
 from signals import ASKS, StopFlag, Stopped
-from text import report
+from text import report, say
 
 if TYPE_CHECKING:
     import torch
@@ -550,7 +550,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
                 world_size = int(os.environ.get("WORLD_SIZE", 1))
                 options = {"tokens_per_sec": args.tokens_per_sec, "price_per_hour": args.price_per_hour}
-                print(plan.describe(config, **options, world_size=world_size))
+                say(plan.describe(config, **options, world_size=world_size))
             return 0
         return train(config, resume_from=args.resume, allow_cpu=args.allow_cpu, profile=args.profile)
     except UserError as error:

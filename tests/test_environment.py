@@ -51,6 +51,18 @@ def test_secrets_that_others_may_read(mode: int, content: str, warned: bool, tmp
     assert not warned or result.stderr.endswith("may read the secrets in .env; chmod 600 .env\n")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="file descriptors of POSIX")
+def test_closed_standard_streams_are_the_null_device() -> None:
+    """Here and in a child: no file of the run takes their numbers."""
+    child = "import os, sys; sys.exit(any(os.fstat(fd).st_rdev != os.stat(os.devnull).st_rdev for fd in range(3)))"
+    code = (
+        "import environment, subprocess, sys; environment.prepare(); print(1, sys.stdin.read(), file=sys.stderr)\n"
+        f"sys.exit(subprocess.call([sys.executable, '-c', {child!r}]))"
+    )
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code]
+    assert subprocess.run(shell, cwd=ROOT).returncode == 0
+
+
 def prepared(folder: Path, *packages: Path) -> subprocess.CompletedProcess[str]:
     """`environment.prepare()` in a process of its own, which finds `packages` before what is installed."""
     code = (

@@ -360,6 +360,16 @@ def test_cli_reads_standard_input(
     assert code == 0 and "\neins" in out and "\nzwä" in out
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_cli_output_that_cannot_be_written(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        code, _, err = main(capfd, "--checkpoint", run_dir, "--prompt", "ab", "--max-new-tokens", 2)
+    assert code == 2 and err == "error: standard output cannot be written: No space left on device\n"
+
+
 def test_cli_fills_the_context_unless_told(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, _, err = main(capfd, "--checkpoint", run_dir, "--prompt", "x" * 60, "--top-k", 0)
     assert code == 0 and int(err.split()[0]) <= 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 import torch
 
@@ -15,11 +17,11 @@ def test_what_bits_depend_on() -> None:
     assert found == {"torch": torch.__version__, "device": "CPU", "world_size": 3}
 
 
-@pytest.mark.parametrize(("directory", "other"), [("runs/a", "run.name"), ("elsewhere", "run.dir")])
+@pytest.mark.parametrize(("directory", "other"), [("runs/a", "run.name"), ("else where", "run.dir")])
 def test_what_to_do_next(directory: str, other: str, capsys: pytest.CaptureFixture[str]) -> None:
     journal.say_done(Config(run=RunConfig(name="a", dir=directory)))
     told = capsys.readouterr().out
-    assert f"--checkpoint {directory} " in told and f"the same command with {other}=ANOTHER" in told
+    assert f"--checkpoint {shlex.quote(directory)} " in told and f"the same command with {other}=ANOTHER" in told
 
 
 def test_a_slow_run_is_told_beforehand(capsys: pytest.CaptureFixture[str]) -> None:

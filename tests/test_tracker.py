@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -245,6 +246,15 @@ def test_torn_samples(tmp_path: Path) -> None:
     run.samples(3, [("a", "b")])
     text = (tmp_path / "samples.md").read_text()
     assert text.startswith("a note of mine\n") and "\n## Step 3\n" in text
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_output_that_cannot_be_written_does_not_end_the_run() -> None:
+    """`train.py >/dev/full`: nor does Python complain of it at its end."""
+    code = "import sys, text; text.say('a'); text.say('b' * 9000); text.say('c'); print('done', file=sys.stderr)"
+    with open("/dev/full", "w") as full:
+        run = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE)
+    assert (run.returncode, run.stderr) == (0, b"done\n")
 
 
 def test_a_reader_that_left_does_not_end_the_run() -> None:
