@@ -93,7 +93,8 @@ def log_entry(
     """A line of `metrics.jsonl`. `per_token`: FLOPs per token over the device's peak."""
     rates = clock.rates()
     share = rates["data_wait_sec"] * rates["steps_per_sec"]
-    if share > MOST_WAITING and state.step > run.config.log.every_steps:  # at first everything starts
+    starting = state.step - run.tracker.first_step <= run.config.log.every_steps
+    if share > MOST_WAITING and not starting:
         run.tracker.note(
             f"the data come too slowly: {share:.0%} of the time was spent waiting for them; more data.workers, or "
             "scripts/prepare_data.py, which tokenises once, would help"

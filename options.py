@@ -44,9 +44,11 @@ class Parser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
         if unknown and _is_secret(unknown[1]):
             raise UserError(f"{unknown[1]}: no such option; {NO_SECRETS}")
-        near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
-        message = message.replace("\n", "\\n")
-        raise UserError(f"{message}; did you mean {near[0]}?" if near else f"{message} (see --help)")
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0.7) if unknown else []
+        hint = f"; did you mean {near[0]}?" if near else " (see --help)"
+        if unknown and not near and any(action.dest == "overrides" for action in self._actions):
+            hint = "; keys are given as section.key=value (see --help)"
+        raise UserError(message.replace("\n", "\\n") + hint)
 
 
 class Section(BaseModel):
@@ -259,9 +261,11 @@ class Reader(Generic[Root]):
         self.name = plain(name)
         self.origins: dict[str, str] = {}
         tree = self._parse(self._read(path), "", self.name)
-        if tree is not None and not isinstance(tree, dict):
+        if tree is None:
+            raise UserError(f"{self.name}: is empty; for the defaults leave out --config, or write {{}}")
+        if not isinstance(tree, dict):
             raise UserError(f"{self.name}: holds {shown(tree)} in place of sections ({', '.join(schema.sections)})")
-        self.tree: dict[str, Any] = {key: value for key, value in (tree or {}).items() if value is not None}
+        self.tree: dict[str, Any] = {key: value for key, value in tree.items() if value is not None}
 
     def _read(self, path: Path) -> str:
         try:
@@ -269,8 +273,6 @@ class Reader(Generic[Root]):
                 raw = stream.read(MAX_FILE_BYTES + 1)
             if len(raw) > MAX_FILE_BYTES:
                 raise UserError(f"{self.name}: is larger than {MAX_FILE_BYTES} bytes, too large for a configuration")
-            if not raw.strip():
-                raise UserError(f"{self.name}: is empty; for the defaults leave out --config, or write {{}}")
             return raw.decode("utf-8-sig")
         except OSError as error:
             raise UserError(f"{self.name}: cannot be read ({error.strerror})") from None

@@ -180,12 +180,14 @@ def pick(run_dir: Path, wanted: str, known: checkpoint.Known | None = None) -> P
     chosen = checkpoint.find(wanted)
     if newest is not None and newest.parent.resolve() == chosen.parent.resolve() and newest.name > chosen.name:
         raise UserError(
-            f"--resume {wanted}: {run_dir} has a later checkpoint, {newest.name}; give another run.name=... to branch"
+            f"--resume {wanted}: {run_dir} has a later checkpoint, {newest.name}; branch to another run.name or run.dir"
         )
     if newest is not None and newest.parent.resolve() != chosen.parent.resolve():
         if _origin(newest) == identity(chosen):
             return newest  # this branch, started again
-        raise UserError(f"--resume {wanted}: {run_dir} has checkpoints of its own; give another run.name=... to branch")
+        raise UserError(
+            f"--resume {wanted}: {run_dir} has checkpoints of its own; branch to another run.name or run.dir"
+        )
     return chosen
 
 
@@ -342,14 +344,21 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
 
 def tokenizer_folder(init_from: str | None) -> Path | None:
     """The directory of the initial weights, where it holds a tokenizer."""
-    folder = checkpoint.find(init_from) if init_from is not None else None
+    folder = _initial(init_from) if init_from is not None else None
     return folder if folder is not None and (folder / "tokenizer.json").exists() else None
+
+
+def _initial(init_from: str) -> Path:
+    try:
+        return checkpoint.find(init_from)
+    except UserError as error:
+        raise UserError(f"train.init_from = {init_from!r}: {error}") from None
 
 
 def load_initial_weights(model: DeepSeekV3, config: Config) -> None:
     """`train.init_from`: weights of the same architecture; MTP layers it lacks keep their random start."""
     path = str(config.train.init_from)
-    theirs, weights = convert.load(checkpoint.find(path))
+    theirs, weights = convert.load(_initial(path))
     for key in type(config.model).model_fields:
         if key not in MAY_DIFFER and getattr(theirs, key) != getattr(config.model, key):
             raise UserError(

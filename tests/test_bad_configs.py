@@ -83,6 +83,7 @@ ARGUMENTS: dict[str, tuple[list[str], str]] = {
     "a folder": (["--config", "configs"], "--config 'configs' is a folder"),
     "no value": (["--config"], "argument --config: expected one argument"),
     "no such flag": (["--dry-rnu"], "did you mean --dry-run?"),
+    "a key as a flag": (["--train.steps=5"], "keys are given as section.key=value"),
     "a token as a flag": (["--hub-token", "abc"], "--hub-token: no such option; a token or password belongs in"),
     "a token as an override": (["hub.token=abc"], "unknown key hub.token; a token or password belongs in"),
     "a checkpoint that is not there": (["--resume", "gone"], "--resume gone: no such directory; allowed: auto, never"),

@@ -191,10 +191,14 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert config.load(str(file)).run.name == "windows"
 
 
-def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
+def test_empty_sections_mean_the_defaults_and_an_empty_file_a_mistake(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("# nothing\ntrain:\n")
     assert config.load(str(file)) == config.Config(run=config.RunConfig(name="mine", dir="runs/mine"))
+    for nothing in ("", "# nothing\n", "null\n"):
+        file.write_text(nothing)
+        with pytest.raises(UserError, match="is empty; for the defaults"):
+            config.load(str(file))
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:

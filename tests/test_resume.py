@@ -260,9 +260,9 @@ def test_a_path_is_a_checkpoint_a_run_or_a_model(tmp_path: Path) -> None:
 def test_a_path_does_not_overtake_what_a_run_has(tmp_path: Path) -> None:
     older, newer = make(tmp_path / "run", 1, 2)
     (elsewhere,) = make(tmp_path / "other", 3)
-    with pytest.raises(UserError, match=f"has a later checkpoint, {newer.name}; give another run.name="):
+    with pytest.raises(UserError, match=f"has a later checkpoint, {newer.name}; branch to another run.name"):
         pick(tmp_path / "run", str(older))
-    with pytest.raises(UserError, match=r"has checkpoints of its own; give another run\.name="):
+    with pytest.raises(UserError, match=r"has checkpoints of its own; branch to another run\.name"):
         pick(tmp_path / "run", str(elsewhere))
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {older.name, newer.name}
 

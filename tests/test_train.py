@@ -464,6 +464,8 @@ def test_init_from_takes_weights_only(tiny, tmp_path: Path, capsys: pytest.Captu
     capsys.readouterr()
     assert tiny("third", f"train.init_from={tmp_path / 'first'}", "model.hidden_size=48") == 2
     assert "model.hidden_size" in capsys.readouterr().err
+    assert tiny("third", "train.init_from=nothing") == 2
+    assert "train.init_from = 'nothing': nothing: no such directory" in capsys.readouterr().err
 
 
 GOLDEN = [

@@ -225,6 +225,8 @@ def test_a_supply_below_demand_is_told(quick, tmp_path: Path, monkeypatch, capsy
     assert quick("run", "train.steps=3", "data.workers=1") == 0
     told = capsys.readouterr().out
     assert told.count("the data come too slowly: ") == 2  # not of the first line, when everything starts
+    assert quick("run", "train.steps=5", "data.workers=1") == 0
+    assert capsys.readouterr().out.count("the data come too slowly: ") == 1
     last = metrics(tmp_path / "run")[-1]
     assert last["data_queue"] >= 0 and last["data_restarts"] == last["data_retries"] == last["skipped_documents"] == 0
     assert checkpoint.latest(tmp_path / "run" / "checkpoints") is not None
