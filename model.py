@@ -157,7 +157,7 @@ class MLA(nn.Module):
             self.scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
 
     def forward(
-        self, x_BTD: Tensor, rope_BTR: Tensor, positions_BT: Tensor | None = None, cache: LatentCache | None = None,
+        self, x_BTD: Tensor, rope_BTR: Tensor, positions_BT: Tensor, cache: LatentCache | None = None,
         mask_B1TT: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         cfg = self.config
@@ -170,7 +170,7 @@ class MLA(nn.Module):
         q_rope_BTHR = rotate(q_rope_BTHR, rope_BTR)
         latent_BTC, k_rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split((cfg.kv_lora_rank, cfg.qk_rope_head_dim), -1)
         latent_BTC, k_rope_BTR = self.kv_a_layernorm(latent_BTC), rotate(k_rope_BTR, rope_BTR)
-        if cache is not None and positions_BT is not None:
+        if cache is not None:
             cache.write(self.layer, positions_BT, torch.cat((latent_BTC, k_rope_BTR), -1))
             if cache.length > 0:
                 return self.o_proj(self._absorbed(q_nope_BTHP, q_rope_BTHR, positions_BT, cache).flatten(2))
@@ -324,7 +324,7 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x_BTD: Tensor, rope_BTR: Tensor, positions_BT: Tensor | None = None, cache: LatentCache | None = None,
+        self, x_BTD: Tensor, rope_BTR: Tensor, positions_BT: Tensor, cache: LatentCache | None = None,
         mask_B1TT: Tensor | None = None, chosen: Chosen = None,
     ) -> tuple[Tensor, Routing | None]:  # fmt: skip
         h_BTD = self.input_layernorm(x_BTD, self.dtype)
@@ -376,8 +376,8 @@ class MTP(Block):
         """`tokens_BT[:, i]` is the token one past what `hidden_BTD[:, i]` has seen. Returns the normed state."""
         embedded_BTD = self.enorm(F.embedding(tokens_BT, self.shared[0].weight), self.dtype)
         x_BTD = self.eh_proj(torch.cat((embedded_BTD, self.hnorm(hidden_BTD, self.dtype)), -1)).float()
-        rope_BTR = self.rotary(arange_positions(tokens_BT) if positions_BT is None else positions_BT)
-        x_BTD, routing = super().forward(x_BTD, rope_BTR, positions_BT, cache, mask_B1TT, chosen)
+        positions_BT = arange_positions(tokens_BT) if positions_BT is None else positions_BT
+        x_BTD, routing = super().forward(x_BTD, self.rotary(positions_BT), positions_BT, cache, mask_B1TT, chosen)
         return self.shared_head.norm(x_BTD, self.dtype), routing
 
 

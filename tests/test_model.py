@@ -272,7 +272,7 @@ def test_mtp_runs_with_a_cache() -> None:
         full, _ = model.mtp[0](hidden[:, :-1], tokens[:, 1:])
         cache = LatentCache(cfg, 2, 12, device="cpu", dtype=torch.float32, mtp=True)
         positions = arange_positions(tokens[:, 1:])
-        first, _ = model.mtp[0](hidden[:, :5], tokens[:, 1:6], positions[:, :5], cache)
+        first, _ = model.mtp[0](hidden[:, :5], tokens[:, 1:6], cache=cache)  # from position 0 on
         cache.length = 5
         rest, _ = model.mtp[0](hidden[:, 5:-1], tokens[:, 6:], positions[:, 5:], cache)
     assert (torch.cat((first, rest), 1) - full).abs().max() < 1e-4
