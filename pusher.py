@@ -238,7 +238,7 @@ class Pusher:
                 raise error from None
             if self._is_item(latest):
                 return
-            if now == head and getattr(remote._response(error), "status_code", 0) == 412:  # datasets #7777
+            if now == head and getattr(remote.response_of(error), "status_code", 0) == 412:  # datasets #7777
                 raise UserError(
                     f"hub.repo_id = {self.repo_id!r}: the Hub says that somebody else has pushed (412), and nobody "
                     "has; the token has to be one that may write, not only open pull requests"
@@ -395,9 +395,9 @@ class Pusher:
     def _fail(self, error: BaseException) -> float:
         """Remember a failure, tell it if it is news; seconds until the next try."""
         refused = hub.refused(error, self.api)
-        asked = remote._asked_wait(remote._response(error))
+        asked = remote.asked_wait(remote.response_of(error))
         wait = min(2.0**self._tries, LONGEST_WAIT_SEC) * random.uniform(0.5, 1.0)
-        problem = told(hub.explained(error, self.repo_id, self.api)) if remote._response(error) else told(error)
+        problem = told(hub.explained(error, self.repo_id, self.api)) if remote.response_of(error) else told(error)
         news = self._tries == 0 or (refused and not self._refused)
         with self._changed:
             self._tries = min(self._tries + 1, 16)

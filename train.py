@@ -215,8 +215,8 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         state = resume.read(start, config, precision, steps) if start is not None else None
         if state is not None and state.ended(config, steps) and resume.same_names(state, config):
             return finished(mesh, hub, config, state, start)  # the data may be far away
-        keep = config.checkpoint.keep
-        tight = mesh.from_main(on_main(mesh, lambda: checkpoint.preflight(run_dir, num_bytes, keep)))
+        keep, afresh = config.checkpoint.keep, resume_from == "never"
+        tight = mesh.from_main(on_main(mesh, lambda: checkpoint.preflight(run_dir, num_bytes, keep, afresh=afresh)))
         fallback = None if state is None else state.fallback
         opened = mesh.from_main(on_main(mesh, lambda: open_dataset(config, start, fallback=fallback)))
         held_out = mesh.from_main(on_main(mesh, lambda: opened.validation(config)))
@@ -235,7 +235,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         model, optimizers, scale = build(config, mesh, precision, paths)
         put_back(config, model, optimizers, scale, state, start)
         mesh.from_main(on_main(mesh, hub.start))
-        mesh.from_main(on_main(mesh, lambda: resume.make_folder(claim, afresh=resume_from == "never")))
+        mesh.from_main(on_main(mesh, lambda: resume.make_folder(claim, afresh=afresh)))
         tracker = Tracker(run_dir if mesh.is_main else None, total_steps=steps, first_step=state.step)
         mesh = parallel.for_training(mesh, 60 * config.train.hang_minutes)
         watch = cleanup.enter_context(parallel.Watch(mesh, 60 * config.train.hang_minutes))
