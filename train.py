@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,7 +193,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         parallel.set_arithmetic(precision, mesh.device, deterministic=config.train.deterministic)
         dtype = DTYPES[precision]
         memory = mesh.least(parallel.usable_memory(mesh.device))
-        rows = mesh.from_main(on_main(mesh, lambda: fitting_rows(config, mesh, dtype, memory)))
+        rows = mesh.on_main(lambda: fitting_rows(config, mesh, dtype, memory))
         config = config.with_micro_batch(rows)
         shapes = meta_model(config.model)
         counts = count_parameters(shapes)
@@ -204,22 +204,22 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
             journal.warn_if_slow(mesh, precision, flops * steps * config.train.batch_tokens / peak)
 
         claim = resume.Claim(run_dir, cleanup)
-        mesh.from_main(on_main(mesh, claim.take))
+        mesh.on_main(claim.take)
         num_bytes = checkpoint_bytes(config, shapes)
         repo_id = (config.hub.repo_id or environment.hub_repository()) if mesh.is_main else None
         verified: checkpoint.Known = set()
         hub = mirror.Mirror(repo_id, config, counts, num_bytes, verified)
         cleanup.callback(hub.close)
-        mesh.from_main(on_main(mesh, lambda: hub.fetch(resume_from, precision, lambda: claim.take(make=True))))
-        start = mesh.from_main(on_main(mesh, lambda: resume.pick(run_dir, resume_from, verified)))
+        mesh.on_main(lambda: hub.fetch(resume_from, precision, lambda: claim.take(make=True)))
+        start = mesh.on_main(lambda: resume.pick(run_dir, resume_from, verified))
         state = resume.read(start, config, precision, steps) if start is not None else None
         if state is not None and state.ended(config, steps) and resume.same_names(state, config):
             return finished(mesh, hub, config, state, start)  # the data may be far away
         keep, afresh = config.checkpoint.keep, resume_from == "never"
-        tight = mesh.from_main(on_main(mesh, lambda: checkpoint.preflight(run_dir, num_bytes, keep, afresh=afresh)))
+        tight = mesh.on_main(lambda: checkpoint.preflight(run_dir, num_bytes, keep, afresh=afresh))
         fallback = None if state is None else state.fallback
-        opened = mesh.from_main(on_main(mesh, lambda: open_dataset(config, start, fallback=fallback)))
-        held_out = mesh.from_main(on_main(mesh, lambda: opened.validation(config)))
+        opened = mesh.on_main(lambda: open_dataset(config, start, fallback=fallback))
+        held_out = mesh.on_main(lambda: opened.validation(config))
         if state is not None:
             resume.check_content(state, config, sources=opened.manifest.fingerprints, tokenizer=opened.fingerprint)
             if state.ended(config, steps):
@@ -230,12 +230,12 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
             learned, documents = resume.learned(config), opened.manifest.fingerprint
             state = resume.TrainState(learned, documents, opened.fingerprint, precision, fallback=opened.fallback)
 
-        paths, told = mesh.from_main(on_main(mesh, lambda: probe.choose(config, mesh.device, dtype, state.ops)))
+        paths, told = mesh.on_main(lambda: probe.choose(config, mesh.device, dtype, state.ops))
         state.ops = paths.model_dump()
         model, optimizers, scale = build(config, mesh, precision, paths)
         put_back(config, model, optimizers, scale, state, start)
-        mesh.from_main(on_main(mesh, hub.start))
-        mesh.from_main(on_main(mesh, lambda: resume.make_folder(claim, afresh=afresh)))
+        mesh.on_main(hub.start)
+        mesh.on_main(lambda: resume.make_folder(claim, afresh=afresh))
         tracker = Tracker(run_dir if mesh.is_main else None, total_steps=steps, first_step=state.step)
         mesh = parallel.for_training(mesh, 60 * config.train.hang_minutes)
         watch = cleanup.enter_context(parallel.Watch(mesh, 60 * config.train.hang_minutes))
@@ -357,7 +357,7 @@ def roll_back(run: Run, state: TrainState, saver: Saver, start: Path | None) -> 
     root, before = Path(run.config.run.dir, "checkpoints"), state.step - state.bad_in_a_row
 
     run.together(state.step, "saving", saver.wait)
-    found = run.mesh.from_main(on_main(run.mesh, lambda: checkpoint.latest(root, most=before))) or start
+    found = run.mesh.on_main(lambda: checkpoint.latest(root, most=before)) or start
     then = resume.TrainState.read(found) if found is not None else None
     put_back(run.config, run.model, run.optimizers, run.scale, then or state, found)
     failed, state.bad_in_a_row, state.rollbacks = state.step, 0, state.rollbacks + 1
@@ -440,16 +440,6 @@ def next_batch(clock: Clock, loader: Loader, stop: StopFlag) -> Any:
     except Stopped:
         return None
     except Exception as error:  # noqa: BLE001  # raised when the other ranks know
-        return error
-
-
-def on_main(mesh: Mesh, make: Callable[[], Any]) -> Any:
-    """On rank 0 what `make` returns, or the UserError it raises, for `Mesh.from_main` to pass on."""
-    if not mesh.is_main:
-        return None
-    try:
-        return make()
-    except UserError as error:
         return error
 
 
