@@ -162,7 +162,7 @@ def test_a_signal_to_torchrun(lab: Lab, row: Callable[[str], Any]) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             name = f"torchrun-{number}"
             options = ("train.steps=2000", "checkpoint.every_steps=100000", "sample.every_steps=100000")
-            with torchrun(lab, name, *options, "eval.every_steps=100000") as process:
+            with torchrun(lab, name, *options, "eval.every_steps=100000") as (process,):
                 deadline = time.monotonic() + 60
                 while len(lines(lab[name])) < AT and time.monotonic() < deadline:
                     time.sleep(0.05)
