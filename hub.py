@@ -41,6 +41,7 @@ PULL_RETRY_SEC = 600.0  # how long a read is tried again before the run stops
 MOST_FILES = 20_000  # of a repository: more is not looked at
 MOST_COMMITS = 100  # that are looked through for an intact checkpoint
 MOST_LATEST_BYTES = 4096
+MOST_RECORD_BYTES = 2**28
 SQUASHED = 5  # pulls begun anew because the history was squashed under their hands
 
 PLACE = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
@@ -202,6 +203,15 @@ def _patiently(ask: Callable[[], _T], api: HfApi, repo_id: str, note: Callable[[
                 note = None
         remote.sleep(pause)
         wait = min(2 * wait, 60.0)
+
+
+def read_record(repo_id: str, commit: str, name: str) -> bytes | None:
+    """A file of at most MOST_RECORD_BYTES at a commit, None where it has none; UserError where it cannot be had."""
+    api = connect(repo_id)
+    try:
+        return _patiently(lambda: read(api, repo_id, commit, name, MOST_RECORD_BYTES), api, repo_id)
+    except Gone:
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------- pull
