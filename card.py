@@ -6,8 +6,6 @@ Names, data and samples are text of others: they are escaped, or stand in blocks
 from __future__ import annotations
 
 import html
-import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import yaml
 
+import tracker
 from text import clean
 
 MARK = "<!-- written by the training run: delete this line, and it leaves the card alone -->"
@@ -36,7 +35,7 @@ def files(run_dir: Path, *, repo_id: str, step: int, total: int, active: int) ->
         total, active: parameters, in all and of one token.
     """
     config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    entries = read_metrics(run_dir / "metrics.jsonl", step)
+    entries = tracker.logged(run_dir, step)
     samples = read_samples(run_dir / "samples.md", step)
     text = render(config, entries, samples, repo_id=repo_id, step=step, total=total, active=active)
     found = {"README.md": text.encode()}
@@ -45,26 +44,12 @@ def files(run_dir: Path, *, repo_id: str, step: int, total: int, active: int) ->
     return found
 
 
-def read_metrics(path: Path, step: int) -> list[dict[str, Any]]:
-    """The logged entries up to a step; a line that is torn is left out."""
-    entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            entry = json.loads(line)
-            if entry["step"] <= step:
-                entries.append(entry)
-        except (ValueError, KeyError, TypeError):
-            continue
-    return entries
-
-
 def read_samples(path: Path, step: int) -> tuple[int, list[str]]:
     """The newest samples up to a step: of which step, and their lines."""
     newest: tuple[int, list[str]] = (0, [])
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for part in re.split(r"(?m)^(?=## Step \d+$)", text):
+    for part in re.split(r"(?m)^(?=## Step \d+$)", tracker.recorded(path, most=step)):
         heading = re.match(r"## Step (\d+)\n", part)
-        if heading and newest[0] <= int(heading[1]) <= step:
+        if heading and newest[0] <= int(heading[1]):
             lines = [line.removeprefix(">").removeprefix(" ") for line in part[heading.end() :].strip().split("\n")]
             newest = int(heading[1]), lines
     return newest
@@ -196,7 +181,7 @@ def last(entries: Iterable[Mapping[str, Any]], key: str) -> Any:
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 # ------------------------------------------------------------------------------------------------------------- picture

@@ -86,9 +86,10 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def preflight(folder: Path, num_bytes: int, keep: int = 1) -> list[str]:
+def preflight(folder: Path, num_bytes: int, keep: int = 1, *, afresh: bool = False) -> list[str]:
     """Raise UserError unless `folder`, or the nearest one above it, can be written and has room for a checkpoint of
-    `num_bytes`; a line to tell where `keep` of them will not fit, with those that are there and the one under way."""
+    `num_bytes`; a line to tell where `keep` of them will not fit, with the one under way, in place of those that are
+    there; `afresh` these stay, under another name."""
     there = folder
     while not there.exists():
         there = there.parent
@@ -107,7 +108,8 @@ def preflight(folder: Path, num_bytes: int, keep: int = 1) -> list[str]:
             f"run.dir = {str(folder)!r}: {free / 2**30:.2f} GiB are free, a checkpoint of this run takes "
             f"{num_bytes / 2**30:.2f} GiB and a fifth to spare; free some, or give another run.dir=..."
         )
-    held = [file.stat().st_size for path in _checkpoints(folder / "checkpoints") for file in path.iterdir()]
+    replaced = [] if afresh else _checkpoints(folder / "checkpoints")
+    held = [file.stat().st_size for path in replaced for file in path.iterdir()]
     needed = (max(keep, LEAST_KEPT) + 1) * num_bytes - sum(held)
     told = (
         f"checkpoint.keep = {keep} needs {needed / 2**30:.2f} GiB more for checkpoints, and {free / 2**30:.2f} GiB are "
@@ -136,7 +138,7 @@ def make_folder(path: Path) -> None:
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
-        _sync_directory(folder.parent)
+        sync_directory(folder.parent)
 
 
 def save(
@@ -174,15 +176,15 @@ def save(
             entries = write(temporary, tensors, files, max_shard_bytes=max_shard_bytes)
         manifest = _manifest_bytes(step, entries)
         _write_file(temporary / MANIFEST, [manifest])
-        _sync_directory(temporary)
+        sync_directory(temporary)
         if not _holds(final, manifest):
             if final.exists():
                 os.rename(final, _aside(final, "old"))  # `latest` still finds it should we die before the next line
             os.rename(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # nothing there after the rename
-    _sync_directory(root)
-    _sync_directory(root.parent)
+    sync_directory(root)
+    sync_directory(root.parent)
     for file in final.iterdir():
         _forget(file)
     try:
@@ -381,10 +383,10 @@ def replace(path: Path, content: bytes) -> None:
     temporary.unlink(missing_ok=True)
     _write_file(temporary, [content])
     os.replace(temporary, path)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     """Make names in a directory durable. Windows cannot open one; some network file systems refuse to sync it."""
     if os.name == "nt":
         return

@@ -30,8 +30,8 @@ def evaluate(
     """`val_loss`, nats per token, and `val_bpb`, bits per UTF-8 byte, both of the main head, EOS included.
 
     `rows` at a time, half as many where memory runs out; every rank takes its share. Empty when there is nothing to
-    evaluate, no memory for one row, or `stop`, asked each time, says so on any rank before the end. With `eos`
-    documents are isolated, as in training with data.document_mask. `note` is told of memory that ran out.
+    evaluate or no memory for one row; both None when `stop`, asked each time, says so on any rank before the end. With
+    `eos` documents are isolated, as in training with data.document_mask. `note` is told of memory that ran out.
     """
     start, end = mesh.share(len(held_out.tokens))
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
@@ -53,7 +53,7 @@ def evaluate(
             free_memory(mesh.device)
             note(f"out of memory: this evaluation takes {rows} rows at a time")
         if stopped and done < most:
-            return {}
+            return {"val_loss": None, "val_bpb": None}
     nats, count = mesh.sum(sums).tolist()
     if not count:
         return {}

@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise unreadable(path, error) from None
     if len(content) > MAX_JSON_BYTES:
         raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
-    return _json_object(path, content)
+    return json_object(path, content)
 
 
 def check_header(path: Path) -> None:
@@ -83,7 +83,7 @@ def check_header(path: Path) -> None:
         content = file.read(header_bytes)
         if len(content) < header_bytes:
             raise CheckpointError(f"{path}: ends within its header of {header_bytes} bytes")
-        header = _json_object(path, content)
+        header = json_object(path, content)
         num_bytes = os.fstat(file.fileno()).st_size - 8 - header_bytes
     header.pop("__metadata__", None)
     extents = []
@@ -101,7 +101,7 @@ def check_header(path: Path) -> None:
         raise CheckpointError(f"{path}: {num_bytes} bytes of tensors, its header says {end}")
 
 
-def _json_object(path: Path, content: bytes) -> dict[str, Any]:
+def json_object(path: Path, content: bytes) -> dict[str, Any]:
     parts = sum(content.count(sign) for sign in (b",", b"[", b"{"))
     if parts > MAX_JSON_PARTS:
         raise CheckpointError(f"{path}: {parts} names and values, at most {MAX_JSON_PARTS} are read")

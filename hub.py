@@ -41,6 +41,7 @@ PULL_RETRY_SEC = 600.0  # how long a read is tried again before the run stops
 MOST_FILES = 20_000  # of a repository: more is not looked at
 MOST_COMMITS = 100  # that are looked through for an intact checkpoint
 MOST_LATEST_BYTES = 4096
+MOST_RECORD_BYTES = 2**28
 SQUASHED = 5  # pulls begun anew because the history was squashed under their hands
 
 PLACE = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
@@ -113,7 +114,7 @@ def refused(error: BaseException, api: HfApi) -> int:
 
     Storage behind the Hub answers 403 for an address that has run out: the next try gets another.
     """
-    response = remote._response(error)
+    response = remote.response_of(error)
     if response is None or response.status_code not in REFUSED:
         return 0
     with contextlib.suppress(RuntimeError):  # an answer that knows of no request
@@ -194,14 +195,23 @@ def _patiently(ask: Callable[[], _T], api: HfApi, repo_id: str, note: Callable[[
         except failures() as error:
             if isinstance(error, OSError) and error.errno in NO_ROOM:
                 raise UserError(f"{error.filename}: {error.strerror}") from None
-            pause = max(wait * random.uniform(0.5, 1.0), remote._asked_wait(remote._response(error)))
+            pause = max(wait * random.uniform(0.5, 1.0), remote.asked_wait(remote.response_of(error)))
             if refused(error, api) or time.monotonic() - started + pause > PULL_RETRY_SEC:
                 raise explained(error, repo_id, api) from None
             if note is not None:
                 note(f"hub: {told(error)}; trying again for {PULL_RETRY_SEC / 60:.0f} minutes")
                 note = None
-        remote._sleep(pause)
+        remote.sleep(pause)
         wait = min(2 * wait, 60.0)
+
+
+def read_record(repo_id: str, commit: str, name: str) -> bytes | None:
+    """A file of at most MOST_RECORD_BYTES at a commit, None where it has none; UserError where it cannot be had."""
+    api = connect(repo_id)
+    try:
+        return _patiently(lambda: read(api, repo_id, commit, name, MOST_RECORD_BYTES), api, repo_id)
+    except Gone:
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------- pull
@@ -319,7 +329,7 @@ def _fetch(api: HfApi, repo_id: str, root: Path, latest: Latest, note: Callable[
     if final.exists():
         os.rename(final, final.with_name(f"{final.name}.old-{secrets.token_hex(4)}"))
     os.rename(temporary, final)
-    checkpoint._sync_directory(root)
+    checkpoint.sync_directory(root)
     return final
 
 
@@ -338,7 +348,7 @@ def _download(api: HfApi, repo_id: str, commit: str, name: str, folder: Path) ->
 
 def _sizes(manifest: bytes, where: str) -> dict[str, tuple[int, str]]:
     """Size and SHA-256 of the files that a manifest names, each the plain name of a file."""
-    files = foreign._json_object(Path(where, MANIFEST), manifest).get("files")
+    files = foreign.json_object(Path(where, MANIFEST), manifest).get("files")
     if not isinstance(files, dict) or len(files) > MOST_FILES:
         raise CheckpointError(f"{where}: {MANIFEST} names no files, or more than {MOST_FILES}")
     try:
@@ -384,7 +394,7 @@ def _sync(folder: Path) -> None:
     for path in folder.iterdir():
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
-    checkpoint._sync_directory(folder)
+    checkpoint.sync_directory(folder)
 
 
 def download_model(repo_id: str, revision: str | None = None) -> Path:

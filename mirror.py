@@ -13,6 +13,7 @@ import card
 import checkpoint
 import hub
 import resume
+import tracker
 from config import Config, UserError
 from counts import Counts
 from foreign import CheckpointError
@@ -68,11 +69,23 @@ class Mirror:
             pulled = hub.pull(self.repo_id, root, note=self.note)
             if pulled is not None:
                 self.known.add(checkpoint.key_of(pulled))
+                self._records(theirs, -1 if local is None else checkpoint.step_of(local))
             self.ahead = None
         except (Unreachable, CheckpointError) as error:
             if local is None:
                 raise UserError(f"{error}; a run may be there to go on with; to start afresh: --resume never") from None
             self.note(f"{error}; going on from {local}")
+
+    def _records(self, theirs: hub.Latest, step: int) -> None:
+        """Metrics and samples of the steps after `step`, taken elsewhere; without them a run goes on, too."""
+        assert self.repo_id is not None
+        for name in tracker.RECORDS:
+            try:
+                content = hub.read_record(self.repo_id, theirs.commit, name)
+                if content is not None:
+                    tracker.add_missing(self.folder / name, step, content)
+            except (UserError, OSError) as error:
+                self.note(f"hub: {name} of before is not here: {hub.told(error)}")
 
     def _adopt(self, path: str, local: Path | None, precision: str) -> None:
         """Take the repository's run for this one, which goes on from `path`, if by name and configuration it is."""
@@ -174,4 +187,7 @@ class Mirror:
     def _card(self, path: Path) -> dict[str, bytes]:
         assert self.repo_id is not None
         total, active = self.counts.total + self.counts.mtp, self.counts.active_with_head
-        return card.files(self.folder, repo_id=self.repo_id, step=checkpoint.step_of(path), total=total, active=active)
+        step = checkpoint.step_of(path)
+        records = {name: tracker.recorded(self.folder / name, most=step).encode() for name in tracker.RECORDS}
+        made = card.files(self.folder, repo_id=self.repo_id, step=step, total=total, active=active)
+        return {name: content for name, content in (records | made).items() if content}

@@ -8,6 +8,7 @@ import gc
 import inspect
 import os
 import re
+import secrets
 import shutil
 import socket
 import sys
@@ -36,6 +37,7 @@ TORCH_RANGE = "torch>=2.9,<2.14"
 PEAK_BUDGET_SEC = 0.2  # of measuring
 START_TIMEOUT = timedelta(minutes=30)  # until the first step: rank 0 may list, download and train a tokenizer
 BEAT_SEC = 1.0
+MEET_SEC = 0.02  # between looks for the other ranks at the start
 # Dense 16-bit matrix products with fp32 accumulation, TFLOP/s, from the vendor's data sheets, by the ends of device
 # names; whatever else there is (Ti, SUPER, Laptop, PCIe) is measured.
 NOMINAL_TFLOPS = {
@@ -100,6 +102,37 @@ class Mesh:
             raise box[0]
         return box[0]  # type: ignore[return-value]
 
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns on rank 0, on every rank, as `from_main`; it may take longer than a collective waits."""
+        if self.world_size == 1:
+            return work()
+        if not self.is_main:
+            while self.any(False)[0]:
+                pass
+            return self.from_main(None)
+        done, lost = threading.Event(), []
+
+        def tell() -> None:
+            try:
+                while not done.wait(BEAT_SEC):
+                    self.any(True)
+            except RuntimeError as error:
+                lost.append(error)
+
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        try:
+            value: Any = work()
+        except UserError as error:
+            value = error
+        finally:
+            done.set()
+        thread.join()
+        if lost:
+            raise lost[0]
+        self.any(False)
+        return self.from_main(value)
+
     def share(self, rows: int) -> tuple[int, int]:
         """First and last + 1 of this rank's rows; shares differ by at most one."""
         return self.rank * rows // self.world_size, (self.rank + 1) * rows // self.world_size
@@ -113,15 +146,44 @@ def processes(*, allow_cpu: bool) -> Iterator[Mesh]:
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, _, _ = next(rendezvous("env://", rank, world_size, timeout=START_TIMEOUT))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine keeps its store when it starts ranks
-            # again: one that is quick would read where the dead ones could be reached, and wait for them.
-            store = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = PrefixStore(_agreed(store, rank, world_size), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=START_TIMEOUT)
     try:
         yield Mesh(rank, world_size, device)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _agreed(store: Any, rank: int, world_size: int) -> str:
+    """A name that the ranks of this start have in common, and none before.
+
+    torchrun keeps its store when it starts ranks again, and counts starts by machine: one that is quick would read
+    where the dead ones could be reached, and wait for them. So rank 0 answers each rank's own random word.
+    """
+    own, until = secrets.token_hex(8), time.monotonic() + START_TIMEOUT.total_seconds()
+
+    def read(kind: str, other: int) -> str:
+        key = f"start/{kind}/{other}"
+        return store.get(key).decode() if store.check([key]) else ""
+
+    def pause(other: int) -> None:
+        if time.monotonic() > until:
+            raise RankError(f"rank {rank}: no word of rank {other} at the start")
+        time.sleep(MEET_SEC)
+
+    if rank > 0:
+        store.set(f"start/word/{rank}", own)
+        while (answer := read("answer", rank).split())[:1] != [own]:
+            pause(0)
+        store.set(f"start/heard/{rank}", answer[1])
+        return answer[1]
+    waiting = set(range(1, world_size))
+    while waiting := {other for other in waiting if read("heard", other) != own}:
+        for other in waiting:
+            store.set(f"start/answer/{other}", f"{read('word', other)} {own}")
+        pause(min(waiting))
+    return own
 
 
 class RankError(RuntimeError):

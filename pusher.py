@@ -59,7 +59,7 @@ class Pusher:
         public: whether others may see the repository; one that is public already is refused without it.
         keep: states that may gather before the history is squashed into the newest.
         force: take over a repository that holds something else.
-        card: gives the model card and its picture for a checkpoint's folder.
+        card: gives the model card, its picture and the run's records for a checkpoint's folder.
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class Pusher:
                 raise error from None
             if self._is_item(latest):
                 return
-            if now == head and getattr(remote._response(error), "status_code", 0) == 412:  # datasets #7777
+            if now == head and getattr(remote.response_of(error), "status_code", 0) == 412:  # datasets #7777
                 raise UserError(
                     f"hub.repo_id = {self.repo_id!r}: the Hub says that somebody else has pushed (412), and nobody "
                     "has; the token has to be one that may write, not only open pull requests"
@@ -275,23 +275,23 @@ class Pusher:
                 self._without_card(error)
 
     def _card(self, head: str | None) -> dict[str, bytes]:
-        """The model card's files; a card that cannot be written is not worth a checkpoint. One that somebody else has
-        written stays."""
+        """The model card's files and the run's records; a card that cannot be written is not worth a checkpoint. One
+        that somebody else has written stays."""
         assert self._item is not None
         if self.card is None or self._card_failed:
             return {}
         try:
             there = hub.read(self.api, self.repo_id, head, "README.md") if head else None
         except CheckpointError:  # too large to be ours
-            return {}
-        if there is not None and card.MARK.encode() not in there:
-            return {}
+            there = b""
         try:
             files = dict(self.card(self._item))
         except Exception as error:  # noqa: BLE001
             self._without_card(error)
             return {}
-        return {name: content for name, content in files.items() if name not in self._item_manifest["files"]}
+        theirs = there is not None and card.MARK.encode() not in there
+        taken = {*self._item_manifest["files"], *(("README.md", card.PICTURE) if theirs else ())}
+        return {name: content for name, content in files.items() if name not in taken}
 
     def _without_card(self, error: BaseException) -> None:
         self._card_failed = told(error)
@@ -395,9 +395,9 @@ class Pusher:
     def _fail(self, error: BaseException) -> float:
         """Remember a failure, tell it if it is news; seconds until the next try."""
         refused = hub.refused(error, self.api)
-        asked = remote._asked_wait(remote._response(error))
+        asked = remote.asked_wait(remote.response_of(error))
         wait = min(2.0**self._tries, LONGEST_WAIT_SEC) * random.uniform(0.5, 1.0)
-        problem = told(hub.explained(error, self.repo_id, self.api)) if remote._response(error) else told(error)
+        problem = told(hub.explained(error, self.repo_id, self.api)) if remote.response_of(error) else told(error)
         news = self._tries == 0 or (refused and not self._refused)
         with self._changed:
             self._tries = min(self._tries + 1, 16)

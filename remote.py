@@ -198,11 +198,11 @@ def retry(read: Callable[[], _T], what: str, seconds: float = RETRY_SEC) -> _T:
         try:
             return read()
         except _failures() as error:
-            response = _response(error)
+            response = response_of(error)
             failed = f"data.sources: {what} could not be read from the Hub ({one_line(error)})"
             if response is not None and not _may_pass(error):
                 raise UserError(failed) from None
-            asked = _asked_wait(response)
+            asked = asked_wait(response)
             # Jitter: the ranks of a run should not ask in step.
             pause = max(wait * random.uniform(0.5, 1.0), asked and asked + random.uniform(0, 1))
             damaged = isinstance(error, pa.ArrowException)  # HubFile has counted the bytes
@@ -212,7 +212,7 @@ def retry(read: Callable[[], _T], what: str, seconds: float = RETRY_SEC) -> _T:
                     raise UserError(f"{failed}; the file seems to be damaged") from None
                 raise Unreachable(f"{failed}; started again, the run goes on from its last checkpoint") from None
         retries += 1
-        _sleep(pause)
+        sleep(pause)
         wait = min(2 * wait, LONGEST_WAIT_SEC)
 
 
@@ -235,7 +235,7 @@ def _may_pass(error: BaseException | None) -> bool:
     return False
 
 
-def _response(error: BaseException | None) -> Any:
+def response_of(error: BaseException | None) -> Any:
     """The answer behind a failure, or None."""
     while error is not None:
         if getattr(error, "response", None) is not None:
@@ -244,7 +244,7 @@ def _response(error: BaseException | None) -> Any:
     return None
 
 
-def _asked_wait(response: Any) -> float:
+def asked_wait(response: Any) -> float:
     """Seconds that an answer asks to wait, 0 if it does not say.
 
     Any answer has a RateLimit; only with 429 is it to be waited for.
@@ -263,7 +263,7 @@ def _asked_wait(response: Any) -> float:
         return 0.0
 
 
-def _sleep(seconds: float) -> None:
+def sleep(seconds: float) -> None:
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         beat()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,6 +18,7 @@ from text import clean, redact, say
 
 LINE_EVERY_SEC = 0.2  # on a terminal
 PLAIN_EVERY_SEC = 30.0  # elsewhere: a line during steps that take long
+RECORDS = "metrics.jsonl", "samples.md"
 
 
 def duration(seconds: float) -> str:
@@ -122,23 +125,55 @@ def _quote(text: str) -> str:
 
 def keep_until(folder: Path, step: int) -> None:
     """Drop metrics and samples of later steps: a resumed run makes them again. A half-written last line goes, too."""
-    metrics, samples = folder / "metrics.jsonl", folder / "samples.md"
-    if metrics.exists():
-        kept = []
-        for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue
-        _replace(metrics, "".join(kept))
-    if samples.exists():
-        kept = []
-        for part in re.split(r"(?m)^(?=## Step \d+$)", samples.read_text(encoding="utf-8", errors="replace")):
-            heading = re.match(r"## Step (\d+)$", part, re.MULTILINE)
-            if part.strip() and (heading is None or int(heading[1]) <= step):
-                kept.append(part.rstrip() + "\n\n")  # a line that was torn off must not swallow the next heading
-        _replace(samples, "".join(kept))
+    for name in RECORDS:
+        if (folder / name).exists():
+            _replace(folder / name, recorded(folder / name, most=step))
+
+
+def recorded(path: Path, *, most: float = math.inf) -> str:
+    """What `metrics.jsonl` or `samples.md` holds of the steps up to `most`; what is torn is left out."""
+    return "".join(text for step, text in _parts(path.name, _read(path)) if step <= most)
+
+
+def add_missing(path: Path, step: int, theirs: bytes) -> None:
+    """What somebody else has recorded of the steps after `step`, in place of what is there of these."""
+    parts = _parts(path.name, theirs.decode(errors="replace"))
+    _replace(path, recorded(path, most=step) + "".join(clean(text) for when, text in parts if when > step))
+
+
+def unscored(folder: Path, step: int) -> bool:
+    """Whether the evaluation after `step` was cut short by a signal (or came to no number)."""
+    return any(entry["step"] == step and entry.get("val_loss", 0) is None for entry in logged(folder, step))
+
+
+def score(folder: Path, step: int, scores: Mapping[str, Any]) -> None:
+    """Write the scores of an evaluation that is made up for into the line of its step."""
+    lines = [json.dumps({**entry, **(scores if entry["step"] == step else {})}) for entry in logged(folder, step)]
+    _replace(folder / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+def logged(folder: Path, step: int) -> list[dict[str, Any]]:
+    """The entries of `metrics.jsonl` up to a step."""
+    return [json.loads(line) for line in recorded(folder / "metrics.jsonl", most=step).splitlines()]
+
+
+def _parts(name: str, text: str) -> Iterator[tuple[float, str]]:
+    """The entries of a record, and of which step they are."""
+    if name == "metrics.jsonl":
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                step = json.loads(line)["step"]
+                if type(step) is int:
+                    yield step, f"{line}\n"
+        return
+    for part in re.split(r"(?m)^(?=## Step \d+$)", text):
+        heading = re.match(r"## Step (\d+)$", part, re.MULTILINE)
+        if part.strip():  # a line that was torn off must not swallow the next heading
+            yield float(heading[1]) if heading else -math.inf, part.rstrip() + "\n\n"
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _replace(path: Path, text: str) -> None:

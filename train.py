@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,7 +185,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
     from run import Run, build, checkpoint_bytes, put_back
     from saver import Saver
     from stream import Cursor
-    from tracker import Tracker
+    from tracker import Tracker, unscored
 
     run_dir, stop, started = Path(config.run.dir), StopFlag(), time.monotonic()
     with parallel.processes(allow_cpu=allow_cpu) as mesh, contextlib.ExitStack() as cleanup:
@@ -193,7 +193,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         parallel.set_arithmetic(precision, mesh.device, deterministic=config.train.deterministic)
         dtype = DTYPES[precision]
         memory = mesh.least(parallel.usable_memory(mesh.device))
-        rows = mesh.from_main(on_main(mesh, lambda: fitting_rows(config, mesh, dtype, memory)))
+        rows = mesh.on_main(lambda: fitting_rows(config, mesh, dtype, memory))
         config = config.with_micro_batch(rows)
         shapes = meta_model(config.model)
         counts = count_parameters(shapes)
@@ -204,38 +204,41 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
             journal.warn_if_slow(mesh, precision, flops * steps * config.train.batch_tokens / peak)
 
         claim = resume.Claim(run_dir, cleanup)
-        mesh.from_main(on_main(mesh, claim.take))
+        mesh.on_main(claim.take)
         num_bytes = checkpoint_bytes(config, shapes)
         repo_id = (config.hub.repo_id or environment.hub_repository()) if mesh.is_main else None
         verified: checkpoint.Known = set()
         hub = mirror.Mirror(repo_id, config, counts, num_bytes, verified)
         cleanup.callback(hub.close)
-        mesh.from_main(on_main(mesh, lambda: hub.fetch(resume_from, precision, lambda: claim.take(make=True))))
-        start = mesh.from_main(on_main(mesh, lambda: resume.pick(run_dir, resume_from, verified)))
+        mesh.on_main(lambda: hub.fetch(resume_from, precision, lambda: claim.take(make=True)))
+        start = mesh.on_main(lambda: resume.pick(run_dir, resume_from, verified))
         state = resume.read(start, config, precision, steps) if start is not None else None
-        if state is not None and state.ended(config, steps) and resume.same_names(state, config):
+        cut = mesh.on_main(lambda: state is not None and unscored(run_dir, state.step))  # its evaluation
+        over = state is not None and not cut and state.ended(config, steps)
+        if state is not None and over and resume.same_names(state, config):
             return finished(mesh, hub, config, state, start)  # the data may be far away
-        keep = config.checkpoint.keep
-        tight = mesh.from_main(on_main(mesh, lambda: checkpoint.preflight(run_dir, num_bytes, keep)))
+        keep, afresh = config.checkpoint.keep, resume_from == "never"
+        tight = mesh.on_main(lambda: checkpoint.preflight(run_dir, num_bytes, keep, afresh=afresh))
         fallback = None if state is None else state.fallback
-        opened = mesh.from_main(on_main(mesh, lambda: open_dataset(config, start, fallback=fallback)))
-        held_out = mesh.from_main(on_main(mesh, lambda: opened.validation(config)))
+        opened = mesh.on_main(lambda: open_dataset(config, start, fallback=fallback))
+        held_out = mesh.on_main(lambda: opened.validation(config))
         if state is not None:
             resume.check_content(state, config, sources=opened.manifest.fingerprints, tokenizer=opened.fingerprint)
-            if state.ended(config, steps):
+            if over:
                 return finished(mesh, hub, config, state, start)
-            state.config, state.precision, state.exhausted = resume.learned(config), precision, False
+            state.exhausted &= state.ended(config, steps)
+            state.config, state.precision = resume.learned(config), precision
             config = config.with_micro_batch(state.rows(rows))
         else:
             learned, documents = resume.learned(config), opened.manifest.fingerprint
             state = resume.TrainState(learned, documents, opened.fingerprint, precision, fallback=opened.fallback)
 
-        paths, told = mesh.from_main(on_main(mesh, lambda: probe.choose(config, mesh.device, dtype, state.ops)))
+        paths, told = mesh.on_main(lambda: probe.choose(config, mesh.device, dtype, state.ops))
         state.ops = paths.model_dump()
         model, optimizers, scale = build(config, mesh, precision, paths)
         put_back(config, model, optimizers, scale, state, start)
-        mesh.from_main(on_main(mesh, hub.start))
-        mesh.from_main(on_main(mesh, lambda: resume.make_folder(claim, afresh=resume_from == "never")))
+        mesh.on_main(hub.start)
+        mesh.on_main(lambda: resume.make_folder(claim, afresh=afresh))
         tracker = Tracker(run_dir if mesh.is_main else None, total_steps=steps, first_step=state.step)
         mesh = parallel.for_training(mesh, 60 * config.train.hang_minutes)
         watch = cleanup.enter_context(parallel.Watch(mesh, 60 * config.train.hang_minutes))
@@ -244,8 +247,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
             config, mesh, model, parallel.parallelize(model, mesh), optimizers, scale, steps, stop, tracker, watch, eos
         )
         if mesh.is_main:
-            hardware = f"{precision} on {peak_name}: {peak / 1e12:.2f} TFLOP/s"
-            told = (hardware, *opened.notes, *told, *tight)
+            told = (f"{precision} on {peak_name}: {peak / 1e12:.2f} TFLOP/s", *opened.notes, *told, *tight)
             journal.announce(run, counts, state, start, held_out, told, repo_id=hub.repo_id)
             hub.begin(tracker.note)
         state.environment = journal.set_up(mesh)
@@ -263,6 +265,8 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         profiler = profiling.Profiler(run_dir, mesh.device, tracker.note) if profile and mesh.is_main else None
         if profiler is not None:
             cleanup.callback(profiler.stop)
+        if cut:
+            score_again(run, held_out, state.step)
         while state.step < steps and not state.exhausted:
             saver.check()
             batch = next_batch(clock, loader, stop)
@@ -293,9 +297,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
                 saved = state.step
                 continue
             last = state.step == steps or state.exhausted
-            scores: dict[str, Any] = {}
-            if last or state.step % config.eval.every_steps == 0:
-                scores = validate(run, held_out, state.step)
+            scores = validate(run, held_out, state.step) if last or state.step % config.eval.every_steps == 0 else {}
             if scores or last or state.step % config.log.every_steps == 0:
                 entry = journal.log_entry(run, state, batch, metrics, clock, loader, flops / peak)
                 entry["save_wait_sec"] = round(saver.stall_sec, 4)
@@ -357,7 +359,7 @@ def roll_back(run: Run, state: TrainState, saver: Saver, start: Path | None) -> 
     root, before = Path(run.config.run.dir, "checkpoints"), state.step - state.bad_in_a_row
 
     run.together(state.step, "saving", saver.wait)
-    found = run.mesh.from_main(on_main(run.mesh, lambda: checkpoint.latest(root, most=before))) or start
+    found = run.mesh.on_main(lambda: checkpoint.latest(root, most=before)) or start
     then = resume.TrainState.read(found) if found is not None else None
     put_back(run.config, run.model, run.optimizers, run.scale, then or state, found)
     failed, state.bad_in_a_row, state.rollbacks = state.step, 0, state.rollbacks + 1
@@ -384,7 +386,7 @@ def diverged(run: Run, state: TrainState, metrics: dict[str, Any]) -> str:
 
 
 def validate(run: Run, held_out: Validation, step: int) -> dict[str, float | None]:
-    """The scores of `evals.evaluate`; empty where a signal came before its end."""
+    """The scores of `evals.evaluate`, None where a signal came before its end."""
     import evals
 
     def stop() -> bool:
@@ -395,6 +397,15 @@ def validate(run: Run, held_out: Validation, step: int) -> dict[str, float | Non
         run.model, held_out, rows=run.config.micro_rows, mesh=run.mesh, stop=stop, note=run.tracker.note,
         eos=run.eos if run.config.data.document_mask else None,
     )  # fmt: skip
+
+
+def score_again(run: Run, held_out: Validation, step: int) -> None:
+    """Make up for the evaluation after `step`, which a signal has cut short."""
+    from tracker import score
+
+    scores = validate(run, held_out, step)
+    if run.mesh.is_main:
+        score(Path(run.config.run.dir), step, scores)
 
 
 def ending(run: Run, state: TrainState, why: str | Exception | None) -> int:
@@ -440,16 +451,6 @@ def next_batch(clock: Clock, loader: Loader, stop: StopFlag) -> Any:
     except Stopped:
         return None
     except Exception as error:  # noqa: BLE001  # raised when the other ranks know
-        return error
-
-
-def on_main(mesh: Mesh, make: Callable[[], Any]) -> Any:
-    """On rank 0 what `make` returns, or the UserError it raises, for `Mesh.from_main` to pass on."""
-    if not mesh.is_main:
-        return None
-    try:
-        return make()
-    except UserError as error:
         return error
 
 

@@ -336,6 +336,7 @@ def test_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert checkpoint.preflight(tmp_path, 2**30, keep=2) == []
     os.truncate(save(tmp_path / "checkpoints", 1) / "config.json", 2**30)  # what is there need not be free
     assert checkpoint.preflight(tmp_path, 2**30, keep=3) == []
+    assert checkpoint.preflight(tmp_path, 2**30, keep=3, afresh=True) == [told]  # moved aside, it stays
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(UserError, match=r"are free, a checkpoint of this run takes 1048576\.00 GiB"):
         checkpoint.preflight(tmp_path, 2**50)
@@ -468,12 +469,12 @@ def test_directories_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.M
         return fsync
 
     monkeypatch.setattr(os, "fsync", refuse(errno.EINVAL))
-    checkpoint._sync_directory(tmp_path)
+    checkpoint.sync_directory(tmp_path)
     monkeypatch.setattr(os, "fsync", refuse(errno.EIO))
     with pytest.raises(OSError, match="refused"):
-        checkpoint._sync_directory(tmp_path)
+        checkpoint.sync_directory(tmp_path)
     monkeypatch.setattr(os, "name", "nt")
-    checkpoint._sync_directory(tmp_path)
+    checkpoint.sync_directory(tmp_path)
     monkeypatch.undo()
 
 

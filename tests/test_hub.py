@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeModelHub]:
-    monkeypatch.setattr(remote, "_sleep", lambda seconds: None)
+    monkeypatch.setattr(remote, "sleep", lambda seconds: None)
     with fake_model_hub.served(monkeypatch, tmp_path) as server:
         yield server
 

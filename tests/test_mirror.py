@@ -45,7 +45,9 @@ def test_an_empty_machine_goes_on_from_the_hub(
     assert tiny("run", "train.steps=12", REPO) == 0
     told = capsys.readouterr()
     assert "hub: fetching step 5 of someone/model" in told.out and "after step 5" in told.out
-    assert learned(tmp_path / "run") == [line for line in learned(tmp_path / "whole") if line[0] > 5]
+    assert learned(tmp_path / "run") == learned(tmp_path / "whole")  # the metrics of before came with it
+    samples = (tmp_path / "run" / "samples.md").read_text(encoding="utf-8")
+    assert samples == (tmp_path / "whole" / "samples.md").read_text(encoding="utf-8")
     ours, theirs = newest(tmp_path / "run"), newest(tmp_path / "whole")
     assert hashes(ours) == hashes(theirs)
     for name, content in repo.head.files.items():
@@ -119,7 +121,7 @@ def test_of_two_checkpoints_the_newer_one_wins(tiny, hub: FakeModelHub, tmp_path
         assert tiny("run", "train.steps=4", REPO) == 0
     # Each was read once: here, as it was pulled, and after it was written; as links, before it is pushed.
     assert sorted(seen) == ["step_00000002", "step_00000003", "step_00000004", "step_00000004"]
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 4]  # the metrics of 3 went with the disk
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
     assert json.loads((tmp_path / "run" / "hub.json").read_text())["run"]
 
 

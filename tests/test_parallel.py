@@ -59,6 +59,7 @@ def test_one_process_is_the_mesh_without_communication(monkeypatch: pytest.Monke
     with pytest.raises(UserError) as caught:
         mesh.from_main(error)
     assert caught.value is error
+    assert mesh.on_main(lambda: value) is value
     model = nn.Linear(2, 2)
     assert parallel.parallelize(model, mesh) is model
     for last in (False, True):
@@ -69,11 +70,19 @@ def test_one_process_is_the_mesh_without_communication(monkeypatch: pytest.Monke
 TWO = """
 import warnings
 warnings.simplefilter("error")
-import json, os
+import json, os, time
 import torch
 import parallel
 from config import UserError
 
+def fail():
+    time.sleep(2.5)  # longer than a collective waits
+    raise UserError("no such file")
+
+if os.environ["RANK"] == "1":  # what ranks left there that torchrun has started again
+    left = next(parallel.rendezvous("env://", 1, 2))[0]
+    for key, value in (("word", "old"), ("answer", "old gone"), ("heard", "gone")):
+        left.set(f"start/{key}/1", value)
 with parallel.processes(allow_cpu=True) as mesh:
     found = {"mesh": [mesh.rank, mesh.world_size, str(mesh.device)], "grads": []}
     found["sum"] = mesh.sum(torch.tensor([1.0, 10.0]) * (1 + mesh.rank)).tolist()
@@ -82,7 +91,7 @@ with parallel.processes(allow_cpu=True) as mesh:
     found["to main"] = [state["a"].tolist() for state in mesh.to_main({"a": torch.tensor([mesh.rank, 7])})]
     found["from main"] = mesh.from_main({"text": [1, "a"]} if mesh.is_main else None)
     try:
-        mesh.from_main(UserError("no such file") if mesh.is_main else None)
+        parallel.for_training(mesh, 2.0).on_main(fail)
     except UserError as error:
         found["error"] = str(error)
     model = torch.nn.Linear(2, 1, bias=False)

@@ -344,7 +344,11 @@ def test_the_card_comes_with_the_checkpoint(server: FakeModelHub, tmp_path: Path
     text = f"---\ntags: [x]\n---\n{card.MARK}\n# card"
     driven = Driven(
         every_sec=0.0,
-        card=lambda path: {"README.md": f"{text} {path.name[:13]}".encode(), "config.json": b"never"},
+        card=lambda path: {
+            "README.md": f"{text} {path.name[:13]}".encode(),
+            "config.json": b"never",
+            "samples.md": path.name[:13].encode(),
+        },
     )
     for step in (1, 2):
         driven.push.offer(save(tmp_path, step))
@@ -356,6 +360,7 @@ def test_the_card_comes_with_the_checkpoint(server: FakeModelHub, tmp_path: Path
     driven.push.offer(save(tmp_path, 3))
     driven.turns()
     assert server.repos[NAME].head.files["README.md"] == b"# now I write it"
+    assert server.repos[NAME].head.files["samples.md"] == b"step_00000003"
     assert tree_is_whole(server, tmp_path / "seen") == 3
 
 

@@ -63,7 +63,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(remote, "time", clock)
-    monkeypatch.setattr(remote, "_sleep", clock.sleep)
+    monkeypatch.setattr(remote, "sleep", clock.sleep)
     return clock
 
 
@@ -401,7 +401,7 @@ import remote, sources
 from config import SourceConfig, UserError
 from documents import read_unit
 remote.TIMEOUT_SEC = 2
-remote._sleep = lambda seconds: None  # how long it waits is seen without a server
+remote.sleep = lambda seconds: None  # how long it waits is seen without a server
 results = []
 for settings in json.loads(sys.argv[1]):
     if "made_in" in settings:
@@ -518,7 +518,7 @@ def test_without_the_hub_one_line_says_what_to_do(setting, monkeypatch):
 def test_a_hub_that_goes_away_while_files_are_listed_is_unreachable(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(remote.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(remote, "_sleep", lambda wait: clock.__setitem__(0, clock[0] + wait))
+    monkeypatch.setattr(remote, "sleep", lambda wait: clock.__setitem__(0, clock[0] + wait))
     monkeypatch.setattr(remote, "hub_commit", lambda *_, **__: "c")
     monkeypatch.setattr(remote, "dataset_files", lambda *_, **__: [("hf://datasets/o/s@c/a.parquet", 1000)])
 

@@ -207,6 +207,7 @@ def test_samples_are_sections_of_quotes(tmp_path: Path) -> None:
 
 def test_a_resumed_run_forgets_what_it_makes_again(tmp_path: Path) -> None:
     lines = ['{"step": 1}', '{"step": 2, "loss": 1.0}', '{"step": 3}', "", "12", "null", '{"loss": 2}', '{"step": "2"}']
+    lines += ["[" * 10**5, '{"step": NaN}', f'{{"step": 1{"0" * 5000}}}']
     (tmp_path / "metrics.jsonl").write_bytes("\n".join([*lines, '{"step": 2, "lo']).encode() + b"\xff\xe2")
     (tmp_path / "samples.md").write_text("## Step 1\n\n> a\n\n## Step 2\n\n> b\n\n## Step 10\n\n> c")
     Tracker(tmp_path, total_steps=10, first_step=2, out=io.StringIO()).log(3, {})

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from lab import Lab, Result, checkpoints, differences, lines, newest, same_end, torchrun
+from lab import Lab, Result, checkpoints, differences, lines, losses, newest, same_end, torchrun
 
 PHASES = (
     "step", "forward", "accumulation", "backward", "optimizer", "eval", "sample", "save", "data", "workers",
@@ -85,6 +85,23 @@ def test_a_signal_in_the_first_step(lab: Lab, row: Callable[[str], Any]) -> None
     """Nothing is done yet, so nothing is saved; the same command begins again."""
     with row("F9") as case:
         case.check(stopped(lab, "signal-first", "forward", signal.SIGTERM, at=0))
+
+
+def test_an_evaluation_that_was_cut_short_is_made_up_for(lab: Lab, row: Callable[[str], Any]) -> None:
+    """In the middle of a run, and at its end, where nothing else is left to do."""
+    options = ("train.steps=4", "train.micro_batch=1", "eval.every_steps=2", "log.every_steps=3")
+    name, reference = "signal-eval-again", lab[lab.reference(*options)]
+    with row("F9") as case:
+        for done, code in ((2, 143), (4, 0)):
+            fault = {"phase": "eval", "number": signal.SIGTERM, "step": done - 1}
+            result = lab.run(name, *options, faults=[("signal_in", fault)])
+            told = losses(lab[name], 4)
+            case.check("" if result.code == code and told[done]["val_loss"] is None else (result, told), done)
+        result = lab.run(name, *options)
+        case.check("" if result.code == 0 and losses(lab[name], 4) == losses(reference, 4) else result, "again")
+        case.check(same_end(lab[name], reference), "the end")
+        result = lab.run(name, *options)
+        case.check("" if "nothing was changed" in result.out() else result, "finished")
 
 
 def test_a_second_signal_ends_at_once(lab: Lab, row: Callable[[str], Any]) -> None:
@@ -162,7 +179,7 @@ def test_a_signal_to_torchrun(lab: Lab, row: Callable[[str], Any]) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             name = f"torchrun-{number}"
             options = ("train.steps=2000", "checkpoint.every_steps=100000", "sample.every_steps=100000")
-            with torchrun(lab, name, *options, "eval.every_steps=100000") as process:
+            with torchrun(lab, name, *options, "eval.every_steps=100000") as (process,):
                 deadline = time.monotonic() + 60
                 while len(lines(lab[name])) < AT and time.monotonic() < deadline:
                     time.sleep(0.05)
