@@ -72,7 +72,7 @@ def flops_per_token(config: ModelConfig, counts: Counts, seq_len: int, *, causal
     """Floating-point operations of forward and backward per token, MTP included: 6 per active weight, and attention.
 
     Attention counts all T keys per query, as PaLM and torchtitan do, or with `causal` half of them. Excluded:
-    embedding look-up, norms, softmax, recomputation, the optimizer.
+    embedding look-up, softmax, recomputation, the optimizer.
     """
     depth = config.num_nextn_predict_layers
     matrices = counts.active_with_head + counts.mtp_active + depth * counts.head

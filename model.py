@@ -5,7 +5,7 @@ table). Local tensors carry their shape as a suffix:
 
     B batch         T tokens of a sequence   N = B*T           S cached tokens     D hidden      W vocabulary
     H heads         Q query latent           C kv latent       P nope dim          R rope dim    V value dim
-    E experts       A active experts         G groups          F ffn width         K = P + R     L layers
+    E experts       A active experts         G groups          F ffn width         K = P + R     L layers      X others
 
 `k_rope_BTR` has no H: one rotary key for all heads is the idea of MLA. Parameters are fp32 masters when training;
 matrix products run in the model's `dtype`; residual stream, norms' statistics, router, softmax and losses are fp32.

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_model import build, losses_of, tiny, tokens_for
+from torch.utils.flop_counter import FlopCounterMode
 
 import config as config_module
+import losses
+from config import OpsConfig
 from counts import count_parameters, flops_per_token
-from model import DeepSeekV3
+from model import DeepSeekV3, LossWeights
 
 PUBLISHED = {  # main model, active with head (reference: DeepSeek-V3 and V2 reports, Moonlight's card)
     "671b": ({}, 671_026_404_352, 36.63e9),
@@ -39,3 +43,16 @@ def test_mini_counts_and_flops() -> None:
     full = [flops_per_token(cfg, counts, length) / 1e9 for length in (1024, 2048, 4096)]
     assert full == pytest.approx([1.14, 1.31, 1.63], abs=0.006)
     assert flops_per_token(cfg, counts, 2048, causal=True) / 1e9 == pytest.approx(1.143, abs=0.001)
+
+
+def test_flops_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a step that is written out: torch does not see products into a buffer, as the chunked loss has them."""
+    plain = losses.linear_cross_entropy_reference
+    monkeypatch.setattr(losses, "linear_cross_entropy", lambda *args, path: plain(*args))
+    cfg = tiny(num_nextn_predict_layers=2, n_shared_experts=2, v_head_dim=24)
+    model = build(cfg, paths=OpsConfig(attention="plain", experts="loop"))
+    tokens, targets = tokens_for(cfg, length=64), tokens_for(cfg, length=66)
+    with FlopCounterMode(display=False) as counter:
+        losses_of(model, tokens, targets, loss_weights=LossWeights(1.0, (1.0, 1.0), 1.0)).loss.backward()
+    wanted = flops_per_token(cfg, count_parameters(model), seq_len=64) * tokens.numel()
+    assert counter.get_total_flops() == pytest.approx(wanted, rel=0.01)
