@@ -392,7 +392,15 @@ def restore_rng(seed: int, start: Path | None, device: torch.device, rank: int =
     np.random.seed((seed + rank) % 2**32)
     if start is None:
         return
-    saved = checkpoint.load(start, "rng")
+    try:
+        _set_generators(checkpoint.load(start, "rng"), device, rank)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise checkpoint.CheckpointError(
+            f"{start}: rng.safetensors is not as this program writes it ({error})"
+        ) from None
+
+
+def _set_generators(saved: dict[str, Tensor], device: torch.device, rank: int) -> None:
     states = {key.rpartition(".")[2]: value.clone() for key, value in saved.items() if _rank_of(key) == rank}
     if "cpu" in states:
         torch.set_rng_state(states["cpu"])

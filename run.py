@@ -15,6 +15,7 @@ import checkpoint
 import convert
 import resume
 from config import Config, OpsConfig
+from foreign import CheckpointError
 from model import DeepSeekV3, init_weights, meta_model
 from ops import DTYPES
 from optim import LossScale, Optimizers, uses_muon
@@ -118,7 +119,10 @@ def put_back(
             resume.load_initial_weights(model, config)
     else:
         model.load_state_dict(convert.load(start)[1])
-    optimizers.load(checkpoint.load(start, "optimizer") if start is not None else {})
+    try:
+        optimizers.load(checkpoint.load(start, "optimizer") if start is not None else {})
+    except ValueError as error:
+        raise CheckpointError(f"{start}: {error}") from None
     fresh = LossScale(dynamic=scale.dynamic, value=FIRST_SCALE if scale.dynamic else 1.0)
     saved = LossScale(**state.loss_scale) if scale.dynamic and state.loss_scale else fresh
     for key, value in asdict(saved).items():

@@ -29,7 +29,6 @@ from text import report, say
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedTokenizerFast
 
     from data import Loader, Validation
     from metrics import Clock
@@ -242,7 +241,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         tracker = Tracker(run_dir if mesh.is_main else None, total_steps=steps, first_step=state.step)
         mesh = parallel.for_training(mesh, 60 * config.train.hang_minutes)
         watch = cleanup.enter_context(parallel.Watch(mesh, 60 * config.train.hang_minutes))
-        eos = opened.encoder.eos
+        eos, files = opened.encoder.eos, resume.model_files(config, opened.tokenizer)
         run = Run(
             config, mesh, model, parallel.parallelize(model, mesh), optimizers, scale, steps, stop, tracker, watch, eos
         )
@@ -293,7 +292,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
                     why, saved = diverged(run, state, metrics), state.step
                     break
                 roll_back(run, state, saver, start)
-                save(run, state, saver, opened.tokenizer)
+                save(run, state, saver, files)
                 saved = state.step
                 continue
             last = state.step == steps or state.exhausted
@@ -306,10 +305,10 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
                 journal.write_samples(run, opened.tokenizer, state.step, shown=last)
             owed |= due or state.step % config.checkpoint.every_steps == 0
             if last or (owed and not bad):  # skipped steps would push out what the run may be put back to
-                save(run, state, saver, opened.tokenizer)
+                save(run, state, saver, files)
                 saved, owed = state.step, False
         if saved < state.step:
-            save(run, state, saver, opened.tokenizer)
+            save(run, state, saver, files)
         if not run.together(state.step, "saving", saver.wait):
             tracker.note(f"checkpoints could not be written; the newest in {run_dir}/checkpoints is what there is")
             return EXIT_UNSAVED
@@ -476,8 +475,8 @@ def fitting_rows(config: Config, mesh: Mesh, dtype: torch.dtype, available: int)
 # --------------------------------------------------------------------------------------------------- what a run writes
 
 
-def save(run: Run, state: TrainState, saver: Saver, tokenizer: PreTrainedTokenizerFast) -> None:
-    """A checkpoint of the last completed step: a model directory with the training state beside the weights."""
+def save(run: Run, state: TrainState, saver: Saver, files: dict[str, bytes]) -> None:
+    """A checkpoint of the last completed step: a model directory (`files` and weights) with the training state."""
     import convert
     import resume
 
@@ -492,7 +491,7 @@ def save(run: Run, state: TrainState, saver: Saver, tokenizer: PreTrainedTokeniz
             "optimizer": run.optimizers.state(),
             "rng": rng,
         }
-        return tensors, resume.model_files(run.config, tokenizer) | {resume.STATE_FILE: state.to_json()}
+        return tensors, files | {resume.STATE_FILE: state.to_json()}
 
     if run.mesh.is_main:
         saver.save(state.step, contents)

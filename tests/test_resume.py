@@ -120,6 +120,10 @@ def test_generators_of_every_rank_go_on_where_they_were(tmp_path: Path) -> None:
         assert draw(9)[5:] == expected[0]  # a new run: from the seed alone
         resume.restore_rng(7, path, cpu, rank=2)  # of a rank that the checkpoint does not know
         assert draw(4) not in expected
+        for key, value in (("cpu", torch.zeros(3, dtype=torch.uint8)), ("numpy", saved["rank0.numpy"][:9])):
+            path = checkpoint.save(tmp_path / key, 1, {"rng": saved | {f"rank0.{key}": value}}, {}, keep=1)
+            with pytest.raises(UserError, match="not as this program writes it"):
+                resume.restore_rng(7, path, cpu)
     finally:
         torch.set_rng_state(before[0])
         random.setstate(before[1])

@@ -193,6 +193,21 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_exit_code(
     assert "checkpoints could not be written; the newest in" in told
 
 
+def test_an_optimizer_state_of_another_model_is_one_line(
+    tiny,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stop_after(tiny, "run", 1, "train.steps=2")
+    real, other = checkpoint.load, {"nowhere.momentum": torch.zeros(1)}
+    monkeypatch.setattr(
+        checkpoint, "load", lambda path, group="model": other if group == "optimizer" else real(path, group)
+    )
+    assert tiny("run", "train.steps=2") == 2
+    error = capsys.readouterr().err
+    assert "step_00000001: no optimizer state" in error and "Traceback" not in error
+
+
 def test_a_copied_folder_goes_on_and_unsafe_disks_are_told(
     tiny,  # noqa: F811
     tmp_path: Path,
