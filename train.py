@@ -221,7 +221,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         opened = mesh.from_main(on_main(mesh, lambda: open_dataset(config, start, fallback=fallback)))
         held_out = mesh.from_main(on_main(mesh, lambda: opened.validation(config)))
         if state is not None:
-            resume.check_content(state, config, sources=opened.manifest.fingerprints, tokenizer=opened.fingerprint)
+            resume.check_content(state, config, sources=opened.manifest.fingerprint, tokenizer=opened.fingerprint)
             if state.ended(config, steps):
                 return finished(mesh, hub, config, state, start)
             state.config, state.precision, state.exhausted = resume.learned(config), precision, False
