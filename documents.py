@@ -73,23 +73,8 @@ class Manifest:
         return fingerprint(self.identities)
 
     @property
-    def fingerprints(self) -> tuple[str, str]:
-        """This version's, and that of earlier ones, which took no samples of large files: runs they began go on."""
-        return self.fingerprint, fingerprint(map(_without_samples, self.identities))
-
-    @property
     def units(self) -> tuple[Unit, ...]:
         return tuple(unit for stream in self.streams for unit in stream.units)
-
-
-def _without_samples(identity: str) -> str:
-    """Of a local file it has path, size and digest, of a large one the digest of its samples, too."""
-    try:
-        field, files = json.loads(identity)
-        large = (isinstance(file, list) and len(file) == 4 and isinstance(file[0], str) for file in files)
-        return json.dumps([field, [file[:3] if cut else file for file, cut in zip(files, large, strict=True)]])
-    except (ValueError, TypeError):  # of shards that another program described
-        return identity
 
 
 def fingerprint(identities: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ import math
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -280,7 +280,7 @@ def check_config(saved: TrainState, config: Config, precision: str) -> None:
         raise _mismatch("train.precision", saved.precision, precision)
 
 
-def check_order(saved: TrainState, config: Config, *, sources: Sequence[str], tokenizer: str) -> None:
+def check_order(saved: TrainState, config: Config, *, sources: str, tokenizer: str) -> None:
     """Raise UserError where `config` deals other rows to a step than the run of this checkpoint did."""
     for key, before, now in _changed(saved, config):
         if key in ORDER:
@@ -306,13 +306,9 @@ def same_names(saved: TrainState, config: Config) -> bool:
     return saved.config["data"]["sources"] == learned(config)["data"]["sources"]
 
 
-def check_content(saved: TrainState, config: Config, *, sources: Sequence[str], tokenizer: str) -> None:
-    """Raise UserError where documents or tokenizer, by their fingerprints, are not those of the checkpoint.
-
-    Args:
-        sources: the documents' fingerprints, of this version and of earlier ones.
-    """
-    if saved.sources not in sources:
+def check_content(saved: TrainState, config: Config, *, sources: str, tokenizer: str) -> None:
+    """Raise UserError where documents or tokenizer, by their fingerprints, are not those of the checkpoint."""
+    if saved.sources != sources:
         old, new = saved.config["data"]["sources"], learned(config)["data"]["sources"]
         if old == new:
             raise UserError("data.sources: the documents are not those the checkpoint was trained on; " + _REMEDY)

@@ -6,6 +6,7 @@ JSON arrays) is first turned into what can, in a cache.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import glob
@@ -37,8 +38,7 @@ CHUNK = 1 << 20  # what is unpacked at a time
 MOST_LINE_BYTES = 64 << 20  # of a first line that is looked at
 MOST_WINDOW_BYTES = 1 << 31  # that a .zst may ask for (zstd --long=31); its decoder's own limit is 128 MiB
 MOST_OBJECT_CHARACTERS = 1 << 30  # of a value in a JSON array
-HASH_WHOLE_BYTES = 64 << 20  # a larger file that is read as it is is fingerprinted by its size, ends and samples
-SAMPLES, SAMPLE_BYTES = 32, 32 << 10  # spread evenly over a large file
+REMEMBERED_BYTES = 64 << 20  # the digest of a file from this size on is kept: it takes seconds for some GB
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BETWEEN = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")  # values of an array; a comma too many or too few does no harm
 _ALLOWED = "".join(f"{suffix} " for suffix in SUFFIXES) + "(text and JSON also with .gz or .zst)"
@@ -49,7 +49,8 @@ def resolve(sources: Sequence[SourceConfig], cache: str | None = None) -> Manife
     """List the units of `sources`. Raises UserError for what is missing, unreachable, empty or of an unknown kind.
 
     Args:
-        cache: folder for what compressed files and JSON arrays hold; None: beside Hugging Face's caches.
+        cache: folder for what compressed files and JSON arrays hold, and for large files' digests; None: beside
+            Hugging Face's caches.
     """
     found: list[Stream] = []
     identities: list[str] = []
@@ -178,13 +179,13 @@ def _resolve_local(source: SourceConfig, files: list[Path], cache: str | None) -
     top = os.path.commonpath([file.parent for file in files])
     units: list[Unit] = []
     identity: list[Any] = []
-    for file in files:
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(lambda file: _digest(file, cache), files))
+    for file, digest in zip(files, digests, strict=True):
         size, suffix = file.stat().st_size, _suffix(file)
         packed = _is_packed(file, suffix)
-        digest = _digest(file, size, whole=packed)
         origin = file.relative_to(top).as_posix()
-        sampled = [] if packed or size <= HASH_WHOLE_BYTES else [_sample(file, size)]
-        identity.append([origin, size, digest, *sampled])
+        identity.append([origin, size, digest])
         if suffix == ".parquet":
             found = row_groups(str(file), size, source.text_field)
         elif suffix == ".arrow":
@@ -232,27 +233,37 @@ def _check_jsonl(file: Path, text_field: str, name: str) -> None:
         raise UserError(f"data.sources: {name} has no key {text_field!r} (text_field); its keys: {', '.join(first)}")
 
 
-def _digest(file: Path, size: int, *, whole: bool) -> str:
+def _digest(file: Path, cache: str | None) -> str:
+    """Of all its bytes; of a large file they are read again only if its size or one of its times has changed."""
+    found = file.stat()
+    if found.st_size < REMEMBERED_BYTES:
+        return _sha256(file)
+    key = f"{file.resolve()} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+    kept = _cache_folder(cache) / f"{hashlib.sha256(key.encode()).hexdigest()}.sha256"
+    with contextlib.suppress(OSError, ValueError):
+        if re.fullmatch("[0-9a-f]{64}", text := kept.read_text(encoding="ascii")):
+            return text
+    digest = _sha256(file)
+    with contextlib.suppress(OSError):  # it is read again, then
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shards.write_file(kept, digest.encode())
+    return digest
+
+
+def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
-        if whole or size <= HASH_WHOLE_BYTES:
-            for block in iter(lambda: stream.read(1 << 20), b""):
-                digest.update(block)
-        else:
-            digest.update(stream.read(1 << 20))
-            stream.seek(size - (1 << 20))
-            digest.update(stream.read(1 << 20))
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
     return digest.hexdigest()
 
 
-def _sample(file: Path, size: int) -> str:
-    """Digest of samples between the ends of a large file: reading all of it would hold up every start."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        for number in range(SAMPLES):
-            stream.seek((size - SAMPLE_BYTES) * (number + 1) // (SAMPLES + 1))
-            digest.update(stream.read(SAMPLE_BYTES))
-    return digest.hexdigest()
+def _cache_folder(cache: str | None) -> Path:
+    if cache is None:
+        from huggingface_hub import constants
+
+        return Path(constants.HF_HOME, "deepseek-plain")
+    return Path(os.path.expanduser(cache), "plain-text")
 
 
 # ---- what cannot be sought
@@ -269,12 +280,7 @@ def _is_compressed(file: Path) -> bool:
 
 def plain_text(file: Path, suffix: str, digest: str, cache: str | None) -> Path:
     """What a packed file holds, as text or JSON lines: written to the cache once, by the digest of all its bytes."""
-    if cache is None:
-        from huggingface_hub import constants
-
-        folder = Path(constants.HF_HOME, "deepseek-plain")
-    else:
-        folder = Path(os.path.expanduser(cache), "plain-text")
+    folder = _cache_folder(cache)
     target = folder / f"{digest}{suffix}"
     if target.is_file():
         return target.absolute()

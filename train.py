@@ -222,7 +222,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         opened = mesh.on_main(lambda: open_dataset(config, start, fallback=fallback))
         held_out = mesh.on_main(lambda: opened.validation(config))
         if state is not None:
-            resume.check_content(state, config, sources=opened.manifest.fingerprints, tokenizer=opened.fingerprint)
+            resume.check_content(state, config, sources=opened.manifest.fingerprint, tokenizer=opened.fingerprint)
             if over:
                 return finished(mesh, hub, config, state, start)
             state.exhausted &= state.ended(config, steps)

@@ -98,7 +98,7 @@ def cursor_before(config: Config, dataset: Dataset, step: int) -> tuple[int, Cur
     saved = checkpoint.latest(Path(config.run.dir, "checkpoints"))
     if saved is None:
         return 0, Cursor()
-    sources, tokenizer = dataset.manifest.fingerprints, dataset.fingerprint
+    sources, tokenizer = dataset.manifest.fingerprint, dataset.fingerprint
     resume.check_order(resume.TrainState.read(saved), config, sources=sources, tokenizer=tokenizer)
     path = Path(config.run.dir, "metrics.jsonl")
     best: tuple[int, Cursor] = (0, Cursor())

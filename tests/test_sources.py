@@ -1,7 +1,6 @@
 """sources.py and what documents.py reads: every format, every mistake. The Hub's path is in test_remote.py."""
 
 import gzip
-import hashlib
 import json
 import os
 import pickle
@@ -19,7 +18,7 @@ import documents
 import shards
 import sources
 from config import SourceConfig, UserError
-from documents import Manifest, document_hash, fingerprint, read_unit
+from documents import document_hash, read_unit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -194,8 +193,8 @@ def test_what_is_unpacked_passes_through_little_memory(tmp_path):
 
 
 def test_a_change_in_the_middle_of_a_packed_file_is_seen(tmp_path, monkeypatch):
-    """Same size, same ends: read as it is, such a change is not looked for; unpacked text must not be stale."""
-    monkeypatch.setattr(sources, "HASH_WHOLE_BYTES", 100)
+    """Same size, same ends: unpacked text must not be stale."""
+    monkeypatch.setattr(sources, "REMEMBERED_BYTES", 100)
     found = []
     for middle in ("a", "b"):
         (tmp_path / "a.json").write_text(json.dumps([{"text": "x" * 1_500_000 + middle + "x" * 1_500_000}]))
@@ -389,28 +388,27 @@ def test_fingerprint_follows_content_not_place(tmp_path):
     assert resolve(tmp_path / "a").fingerprint != before.fingerprint
 
 
-def test_fingerprint_of_large_files_takes_samples_of_them(tmp_path, monkeypatch):
-    """Their ends, and what lies between here and there: other text of the same size is seen, whatever its ends are."""
-    monkeypatch.setattr(sources, "HASH_WHOLE_BYTES", 100)
-    first, middle, last = b"word " * 300_000, b"word " * 600_000, b"word " * 300_000
-    path = tmp_path / "a.txt"
-    path.write_bytes(first + middle + last)
-    before = resolve(tmp_path)
-    assert resolve(tmp_path).fingerprint == before.fingerprint
-    for changed in (first + middle + last[:-2] + b"b ", first + b"drow " * 600_000 + last):
-        path.write_bytes(changed)
-        assert not set(resolve(tmp_path).fingerprints) & {before.fingerprint}
-    # A run of a version that took none has been bound to path, size and ends, and still is.
-    assert before.fingerprints[1] == resolve(tmp_path).fingerprints[1] != before.fingerprints[0]
-    digest = hashlib.sha256(first[: 1 << 20] + last[-(1 << 20) :]).hexdigest()
-    assert before.fingerprints[1] == fingerprint([json.dumps(["text", [["a.txt", 6_000_000, digest]]])])
-    path.write_bytes(first[:50])
-    assert len(set(resolve(tmp_path).fingerprints)) == 1
+def test_every_byte_of_a_large_file_counts_but_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "REMEMBERED_BYTES", 100)
+    path, cache = tmp_path / "a.txt", tmp_path / ".cache"
 
+    def found():
+        return sources.resolve([SourceConfig(path=str(tmp_path))], str(cache)).fingerprint
 
-def test_an_identity_of_another_program_is_left_as_it_is():
-    for identity in ("synthetic", "[1, 2]", '["text", [["a", 1, "b", "c"], 5], 3]', '["of its units", [1, 2]]', "null"):
-        assert len(set(Manifest((), (identity,)).fingerprints)) == 1
+    path.write_bytes(b"word " * 1000)
+    before, times = found(), path.stat()
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "_sha256", None)
+        assert found() == before
+    path.write_bytes(b"word " * 500 + b"ward " + b"word " * 499)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert found() != before
+    for kept in cache.rglob("*.sha256"):  # what is no digest is none
+        kept.write_bytes(b"\xff")
+    path.write_bytes(b"word " * 1000)
+    shutil.rmtree(cache)
+    cache.touch()  # no place to remember it
+    assert found() == before
 
 
 def test_paths_are_relative_to_here_then_to_the_repository(tmp_path, monkeypatch):
