@@ -109,7 +109,7 @@ def open_dataset(
         )
     fingerprint = tokenizers.fingerprint(tokenizer)
     shards.check_tokenizer(manifest, fingerprint)
-    sample = data.training_texts(manifest, threshold, SAMPLE_BYTES)
+    sample = (text[:SAMPLE_BYTES] for text in data.training_texts(manifest, threshold, SAMPLE_BYTES))
     return Dataset(manifest, threshold, tokenizer, Encoder.fastest(tokenizer, sample), fingerprint, fallback)
 
 

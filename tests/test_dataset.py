@@ -15,6 +15,7 @@ from config import NAMED_SOURCES, UserError
 from dataset import open_dataset
 from remote import Unreachable
 from stream import Cursor
+from tokenizer import Encoder
 
 
 @pytest.fixture
@@ -84,6 +85,15 @@ def test_why_tokenising_is_slow_is_told(corpus, tmp_path, capsys):
     ) == 0  # fmt: skip
     assert slow.notes[0] + "\n" in capsys.readouterr().out
     assert open_dataset(load(out, f"data.tokenizer={out / 'tokenizer'}")).notes == []  # nothing is tokenised
+
+
+def test_the_faster_encoder_is_tried_on_the_start_of_a_huge_document(corpus, monkeypatch):
+    """A line of 50 MB took a minute of every start."""
+    seen = []
+    monkeypatch.setattr(dataset, "SAMPLE_BYTES", 10)
+    monkeypatch.setattr(Encoder, "fastest", lambda tok, sample: seen.extend(sample) or Encoder(tok))
+    open_dataset(load(corpus, "data.tokenizer=bytes"))
+    assert [len(text) for text in seen] == [10]
 
 
 # ---- data.fallback
