@@ -37,6 +37,7 @@ TORCH_RANGE = "torch>=2.9,<2.14"
 PEAK_BUDGET_SEC = 0.2  # of measuring
 START_TIMEOUT = timedelta(minutes=30)  # until the first step: rank 0 may list, download and train a tokenizer
 BEAT_SEC = 1.0
+LEAVE_SEC = 30.0  # for a last word to the store
 MEET_SEC = 0.02  # between looks for the other ranks at the start
 # Dense 16-bit matrix products with fp32 accumulation, TFLOP/s, from the vendor's data sheets, by the ends of device
 # names; whatever else there is (Ti, SUPER, Laptop, PCIe) is measured.
@@ -232,7 +233,8 @@ class Watch:
             told = f"rank {self.mesh.rank}, {self.place}: {self.blame()}"
         self.over.set()
         if self.mesh.world_size > 1:
-            self.talker.join(2 * BEAT_SEC)
+            # A thread that is within the store when the interpreter ends aborts the process.
+            self.talker.join(LEAVE_SEC if error is None else 2 * BEAT_SEC)
         if told:
             raise RankError(f"{told} ({str(error).splitlines()[0][:200]})") from error
 
