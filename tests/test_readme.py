@@ -35,6 +35,7 @@ import resume
 import train
 from counts import count_parameters, num_steps
 from model import meta_model
+from run import checkpoint_bytes
 
 ROOT = Path(train.__file__).resolve().parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -387,9 +388,7 @@ def test_derived_numbers() -> None:
     prose = " ".join(PROSE.split())
     assert f"{latent} numbers per token and layer" in prose
     assert f"would keep {plain:,}: {plain / latent:.1f} times less, {2 * latent} bytes in bf16" in prose
-    parts = memory.peak(settings, dtype=torch.bfloat16, rows=1).parts
-    copies = 2 * 4 * model.vocab_size * model.hidden_size  # embedding and head, again, for the MTP layer
-    size = parts["weights"] + parts["optimizer state"] + copies
+    size = checkpoint_bytes(settings, meta_model(model))
     assert f"A checkpoint of `mini` has about {size / 1e9:.0f} GB" in PROSE
 
 
