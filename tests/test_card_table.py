@@ -35,7 +35,7 @@ def test_speeds_and_hours() -> None:
             assert float(hours.replace(",", "")) == pytest.approx(card_table.hours(config, exact), rel=0.05)
 
 
-@pytest.mark.parametrize(("preset", "card"), [("mini", "T4")])
+@pytest.mark.parametrize(("preset", "card"), [("30m", "T4")])
 def test_memory(preset: str, card: str) -> None:
     """One trace a row: that the next more rows do not fit is `memory.largest_micro_batch`'s own test."""
     (row,) = [row for row in ROWS if row[:2] == [preset, card]]
