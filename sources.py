@@ -38,7 +38,7 @@ CHUNK = 1 << 20  # what is unpacked at a time
 MOST_LINE_BYTES = 64 << 20  # of a first line that is looked at
 MOST_WINDOW_BYTES = 1 << 31  # that a .zst may ask for (zstd --long=31); its decoder's own limit is 128 MiB
 MOST_OBJECT_CHARACTERS = 1 << 30  # of a value in a JSON array
-REMEMBERED_BYTES = 64 << 20  # the digest of a file from this size on is kept: it takes seconds for some GB
+REMEMBERED_BYTES = 64 << 20  # the digest of a file from this size on is kept, not made anew at every start
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BETWEEN = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")  # values of an array; a comma too many or too few does no harm
 _ALLOWED = "".join(f"{suffix} " for suffix in SUFFIXES) + "(text and JSON also with .gz or .zst)"

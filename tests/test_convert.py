@@ -200,6 +200,16 @@ def hf_model(config: ModelConfig, **changes: Any) -> DeepseekV3ForCausalLM:
     return model
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_widths_that_transformers_takes(dtype: torch.dtype) -> None:
+    """As configs/README.md has them."""
+    for widths, implementation in (((24, 8), "grouped_mm"), ((18, 6), "eager")):
+        config = tiny(hidden_size=widths[0], moe_intermediate_size=widths[1])
+        model = hf_model(config, experts_implementation=implementation).to(dtype)  # type: ignore[arg-type]
+        assert model.config._experts_implementation == implementation
+        assert model(torch.arange(8)[None]).logits.shape == (1, 8, config.vocab_size)
+
+
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 def test_transformers_reads_what_we_write(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = tiny(**changes)

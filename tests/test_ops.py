@@ -90,6 +90,12 @@ def test_attention_within_documents(dtype: torch.dtype, widths: tuple[int, int],
         assert_close(ours, theirs, dtype)
 
 
+def test_the_layout_of_a_fused_result_is_that_of_the_queries() -> None:
+    """model.py flattens the heads behind the tokens without a copy."""
+    queries, keys, values = (torch.randn(2, 5, 3, 8).transpose(1, 2) for _ in range(3))
+    assert ops.attention(queries, keys, values, scale=0.3, path="sdpa").transpose(1, 2).is_contiguous()
+
+
 @pytest.mark.parametrize(("path", "masked", "used"), [
     ("flash", False, "flash"), ("flash", True, "efficient"), ("efficient", True, "efficient"), ("cudnn", True, "cudnn"),
 ])  # fmt: skip
