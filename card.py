@@ -47,11 +47,10 @@ def files(run_dir: Path, *, repo_id: str, step: int, total: int, active: int) ->
 def read_samples(path: Path, step: int) -> tuple[int, list[str]]:
     """The newest samples up to a step: of which step, and their lines."""
     newest: tuple[int, list[str]] = (0, [])
-    for part in re.split(r"(?m)^(?=## Step \d+$)", tracker.recorded(path, most=step)):
-        heading = re.match(r"## Step (\d+)\n", part)
-        if heading and newest[0] <= int(heading[1]):
-            lines = [line.removeprefix(">").removeprefix(" ") for line in part[heading.end() :].strip().split("\n")]
-            newest = int(heading[1]), lines
+    for when, text in tracker.entries(path, most=step):
+        if newest[0] <= when:
+            lines = text.partition("\n")[2].strip().split("\n")
+            newest = int(when), [line.removeprefix(">").removeprefix(" ") for line in lines]
     return newest
 
 

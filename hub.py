@@ -299,7 +299,7 @@ def _fetch(api: HfApi, repo_id: str, root: Path, latest: Latest, note: Callable[
     where = f"{repo_id} at commit {latest.commit[:8]}"
     final = root / f"step_{latest.step:08d}"
     with contextlib.suppress(CheckpointError, OSError):
-        same = hashlib.sha256((final / MANIFEST).read_bytes()).hexdigest() == latest.manifest_sha256
+        same = checkpoint.key_of(final)[1] == latest.manifest_sha256
         if same and checkpoint.verify(final):
             return final
     manifest = _patiently(lambda: read(api, repo_id, latest.commit, MANIFEST), api, repo_id)

@@ -233,7 +233,7 @@ class Watch:
             told = f"rank {self.mesh.rank}, {self.place}: {self.blame()}"
         self.over.set()
         if self.mesh.world_size > 1:
-            # A thread that is within the store when the interpreter ends aborts the process.
+            # The interpreter is not to end while a thread is within the store.
             self.talker.join(LEAVE_SEC if error is None else 2 * BEAT_SEC)
         if told:
             raise RankError(f"{told} ({str(error).splitlines()[0][:200]})") from error

@@ -210,7 +210,7 @@ class Pusher:
                 except OSError:
                     shutil.copyfile(path / name, folder / name)
             self._item_manifest = checkpoint.verify(folder)
-            self._item_sha256 = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+            self._item_sha256 = checkpoint.key_of(folder)[1]
         except FileNotFoundError:
             raise CheckpointError(f"{path}: gone before its turn") from None
         except BaseException:

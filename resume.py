@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -211,8 +210,7 @@ def belongs(start: Path, run_dir: Path) -> bool:
 
 def identity(start: Path) -> str | None:
     """The SHA-256 of a checkpoint's manifest; None for a model directory without one."""
-    manifest = start / checkpoint.MANIFEST
-    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
+    return checkpoint.key_of(start)[1] if (start / checkpoint.MANIFEST).is_file() else None
 
 
 def _origin(start: Path) -> str:

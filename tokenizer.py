@@ -222,9 +222,8 @@ class Encoder:
 
             self._fast = Tokenizer.from_json_str(self._json)
             self._fast.no_truncation()
-        raw, _ = self._fast.encode_batch_flat(
-            [text], split_special_tokens=True
-        )  # a buffer, where `encode` gives a list
+        # A buffer, where `encode` gives a list.
+        raw, _ = self._fast.encode_batch_flat([text], split_special_tokens=True)
         return np.frombuffer(raw, dtype="<u4").astype(np.int32)
 
 

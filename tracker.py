@@ -18,7 +18,7 @@ from text import clean, redact, say
 
 LINE_EVERY_SEC = 0.2  # on a terminal
 PLAIN_EVERY_SEC = 30.0  # elsewhere: a line during steps that take long
-RECORDS = "metrics.jsonl", "samples.md"
+RECORDS = METRICS, SAMPLES = "metrics.jsonl", "samples.md"
 
 
 def duration(seconds: float) -> str:
@@ -73,7 +73,7 @@ class Tracker:
         """One object in `metrics.jsonl` and one line on the console, after `step` steps."""
         if self.folder is None:
             return
-        self._append("metrics.jsonl", redact(json.dumps({"step": step, **metrics}, allow_nan=False)) + "\n")
+        self._append(METRICS, redact(json.dumps({"step": step, **metrics}, allow_nan=False)) + "\n")
         self.summary = "  ".join(
             f"{label} {metrics[key]:{form}}"
             for key, label, form in (
@@ -91,7 +91,7 @@ class Tracker:
         if self.folder is None:
             return
         quoted = "".join(f"{_quote(clean(f'**{prompt}**{text}'))}\n\n" for prompt, text in prompts_and_texts)
-        self._append("samples.md", f"## Step {step}\n\n{quoted}")
+        self._append(SAMPLES, f"## Step {step}\n\n{quoted}")
 
     def _append(self, name: str, text: str) -> None:
         """A disk that is full costs lines, not the run; that is told once."""
@@ -132,7 +132,13 @@ def keep_until(folder: Path, step: int) -> None:
 
 def recorded(path: Path, *, most: float = math.inf) -> str:
     """What `metrics.jsonl` or `samples.md` holds of the steps up to `most`; what is torn is left out."""
-    return "".join(text for step, text in _parts(path.name, _read(path)) if step <= most)
+    return "".join(text for _, text in entries(path, most=most))
+
+
+def entries(path: Path, *, most: float = math.inf) -> Iterator[tuple[float, str]]:
+    """The same, entry by entry, each behind its step; what stands above the first samples is of step -inf."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return ((step, entry) for step, entry in _parts(path.name, text) if step <= most)
 
 
 def add_missing(path: Path, step: int, theirs: bytes) -> None:
@@ -143,23 +149,24 @@ def add_missing(path: Path, step: int, theirs: bytes) -> None:
 
 def unscored(folder: Path, step: int) -> bool:
     """Whether the evaluation after `step` was cut short by a signal (or came to no number)."""
-    return any(entry["step"] == step and entry.get("val_loss", 0) is None for entry in logged(folder, step))
+    return any(when == step and json.loads(text).get("val_loss", 0) is None for when, text in entries(folder / METRICS))
 
 
 def score(folder: Path, step: int, scores: Mapping[str, Any]) -> None:
     """Write the scores of an evaluation that is made up for into the line of its step."""
-    lines = [json.dumps({**entry, **(scores if entry["step"] == step else {})}) for entry in logged(folder, step)]
-    _replace(folder / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
+    lines = entries(folder / METRICS, most=step)
+    scored = (json.dumps(json.loads(text) | scores) + "\n" if when == step else text for when, text in lines)
+    _replace(folder / METRICS, "".join(scored))
 
 
 def logged(folder: Path, step: int) -> list[dict[str, Any]]:
     """The entries of `metrics.jsonl` up to a step."""
-    return [json.loads(line) for line in recorded(folder / "metrics.jsonl", most=step).splitlines()]
+    return [json.loads(text) for _, text in entries(folder / METRICS, most=step)]
 
 
 def _parts(name: str, text: str) -> Iterator[tuple[float, str]]:
     """The entries of a record, and of which step they are."""
-    if name == "metrics.jsonl":
+    if name == METRICS:
         for line in text.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 step = json.loads(line)["step"]
@@ -170,10 +177,6 @@ def _parts(name: str, text: str) -> Iterator[tuple[float, str]]:
         heading = re.match(r"## Step (\d+)$", part, re.MULTILINE)
         if part.strip():  # a line that was torn off must not swallow the next heading
             yield float(heading[1]) if heading else -math.inf, part.rstrip() + "\n\n"
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _replace(path: Path, text: str) -> None:

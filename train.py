@@ -241,7 +241,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         tracker = Tracker(run_dir if mesh.is_main else None, total_steps=steps, first_step=state.step)
         mesh = parallel.for_training(mesh, 60 * config.train.hang_minutes)
         watch = cleanup.enter_context(parallel.Watch(mesh, 60 * config.train.hang_minutes))
-        eos, files = opened.encoder.eos, resume.model_files(config, opened.tokenizer)
+        eos, files = opened.encoder.eos, resume.model_files(config, opened.tokenizer) if mesh.is_main else {}
         run = Run(
             config, mesh, model, parallel.parallelize(model, mesh), optimizers, scale, steps, stop, tracker, watch, eos
         )

@@ -55,12 +55,15 @@ class Job:
         return {"codes": [self.codes[pid] for pid in self.pids], "seconds": seconds, "timed_out": self.timed_out}
 
 
-def fork(job: dict[str, Any]) -> Job:
-    sys.stdout.flush()
-    ranks, pids = job["ranks"], []
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def fork(job: dict[str, Any]) -> Job:
+    sys.stdout.flush()
+    ranks, pids, port = job["ranks"], [], free_port()
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
