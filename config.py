@@ -503,7 +503,7 @@ def _find(config: str) -> tuple[Path, str]:
     try:
         if path.is_file():
             return path, config
-        what = "is a folder" if path.is_dir() else "does not exist"
+        what = "is a folder" if config and path.is_dir() else "does not exist"
     except (OSError, ValueError):
         what = "is no file name"
     near = difflib.get_close_matches(path.stem, presets, n=1)

@@ -14,6 +14,7 @@ IGNORE = -100  # a target that is not predicted; torch's own convention
 # Logits computed at once: guesses at what a CPU's caches hold and at what makes a GPU's products fast.
 TILE_LOGITS = {"cpu": 2**21, "cuda": 2**26}
 LEAST_ROWS = 512  # of a chunk: the head's gradient is read and written once for each
+WORDS = 64  # of a tile, a multiple: rows of products start at cache lines
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -149,7 +150,7 @@ def linear_cross_entropy(
         at_once = TILE_LOGITS[hidden_ND.device.type]
         rows = max(LEAST_ROWS, at_once // head_WD.shape[0])
         num_tiles = -(-head_WD.shape[0] // max(1, at_once // rows))
-        tile = rows, -(-head_WD.shape[0] // num_tiles)
+        tile = rows, -(-head_WD.shape[0] // (num_tiles * WORDS)) * WORDS
     with_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or head_WD.requires_grad)
     weight_N = weight_X.repeat_interleave(target_XN.shape[1], output_size=target_XN.numel())
     loss, nats_N, correct_N = _LinearCrossEntropy.apply(  # type: ignore[misc]

@@ -110,6 +110,12 @@ def _edits(a: str, b: str) -> int:
     return rows[-1][-1]
 
 
+def _abbreviates(short: str, name: str) -> bool:
+    """Whether each word of `short`, in order, begins one of `name`: n_experts is short for num_experts_per_tok."""
+    words = iter(name.split("_"))
+    return all(any(own.startswith("n" if word == "num" else word) for own in words) for word in short.split("_"))
+
+
 @dataclass(frozen=True)
 class NullWord:
     """Annotates a key that may be null: another word for it."""
@@ -174,7 +180,7 @@ class Schema(Generic[Root]):
         return "\n".join(lines).lstrip()
 
     def nearest(self, typed: str) -> list[str]:
-        """The keys nearest to a mistyped one: by the path, by the name in another section, by likeness in its own."""
+        """The keys nearest to a mistyped one: by the path, by the name in another section, by words in its own."""
         typed = _general(typed)[:100]
         parent, dot, leaf = typed.rpartition(".")
         costs = {}
@@ -185,9 +191,14 @@ class Schema(Generic[Root]):
             if least <= best and (not dot or "." in key):
                 costs[key] = min(_edits(typed, key), aside + _edits(leaf, name))
                 best = min(best, costs[key])
-        if best <= 2 + len(leaf) // 4:
-            return [key for key in costs if costs[key] == best][:4]
-        return difflib.get_close_matches(typed, [key for key in costs if key.startswith(f"{parent}.")], 1, 0.75)
+        near = [key for key in costs if costs[key] == best][:4]
+        own = [key for key in self.keys if dot and key.rpartition(".")[0] == parent]
+        by_words = [key for key in own if _abbreviates(leaf, key.rpartition(".")[2])][:4]
+        if best < 2 or (best <= 2 + len(leaf) // 4 and not by_words):
+            return near
+        if by_words:
+            return by_words
+        return difflib.get_close_matches(typed, own, 1, 0.75)
 
     def unknown(self, key: str, value: str, where: str) -> UserError:
         if _is_secret(key, value):

@@ -79,6 +79,7 @@ FILES: dict[str, tuple[bytes, str]] = {  # what it is: its bytes, and words of t
 
 ARGUMENTS: dict[str, tuple[list[str], str]] = {
     "no such preset": (["--config", "mnii"], "did you mean mini? Presets are"),
+    "no name": (["--config", ""], "'' does not exist; give a YAML file or one of the presets"),
     "no such file": (["--config", "gone/mini.yml"], "'gone/mini.yml' does not exist; did you mean mini?"),
     "a folder": (["--config", "configs"], "--config 'configs' is a folder"),
     "no value": (["--config"], "argument --config: expected one argument"),

@@ -47,10 +47,11 @@ def test_a_large_vocabulary_is_met_in_tiles(monkeypatch: pytest.MonkeyPatch) -> 
     """As in a run: the sizes follow from the device."""
     monkeypatch.setitem(losses.TILE_LOGITS, "cpu", 64)
     monkeypatch.setattr(losses, "LEAST_ROWS", 6)
+    monkeypatch.setattr(losses, "WORDS", 4)
     of, met = losses._Tile.of, list[tuple[int, int]]()
     monkeypatch.setattr(losses._Tile, "of", lambda *args: met.append((args[0].start, args[0].stop)) or of(*args))
     assert_equals_plain(torch.float32)
-    assert met[:4] == [(0, 10), (10, 20), (20, 30), (30, 37)]
+    assert met[:4] == [(0, 12), (12, 24), (24, 36), (36, 37)]
 
 
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="needs torch 2.13")
