@@ -188,7 +188,9 @@ def _feed(sender: Any, beats: Any, feed: Feed, workers: int, stall_sec: float) -
         with contextlib.ExitStack() as stack:
             encode = stack.enter_context(Pool(feed.encoder, workers)).map if workers > 1 else None
             for batch in feed.batches(encode):
+                faulthandler.cancel_dump_traceback_later()  # the trainer may take its time
                 sender.send(batch)
+                armed = 0.0
                 beat()
     except UserError as error:
         sender.send(("mistake", str(error)))

@@ -324,6 +324,16 @@ def test_a_feeding_process_that_hangs_is_replaced(feed, fed, encoder, tmp_path, 
     assert "gave no sign of life for -0 s; another one goes on" in notes[0]
 
 
+def test_a_trainer_that_is_slow_is_no_hang(feed, fed, monkeypatch, capfd):
+    monkeypatch.setattr(feeder, "STALL_SEC", 1.5)
+    batches, notes = fed(feed())
+    next(batches)
+    monkeypatch.setattr(feeder, "STALL_SEC", 120.0)
+    time.sleep(2.5)  # the next ones fill queue and pipe
+    assert same([next(batches)], take(feed().batches(), 2)[1:])
+    assert batches.restarts == 0 and not notes and capfd.readouterr().err == ""
+
+
 def test_a_process_that_dies_again_and_again_is_an_error(feed, fed, monkeypatch):
     monkeypatch.setattr(feeder, "RESTARTS", 1)
     monkeypatch.setattr(feeder, "_feed", _die)
