@@ -29,6 +29,7 @@ from text import report, say
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
 
     from data import Loader, Validation
     from metrics import Clock
@@ -184,7 +185,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
     from run import Run, build, checkpoint_bytes, put_back
     from saver import Saver
     from stream import Cursor
-    from tracker import Tracker, unscored
+    from tracker import Tracker, cut_short
 
     run_dir, stop, started = Path(config.run.dir), StopFlag(), time.monotonic()
     with parallel.processes(allow_cpu=allow_cpu) as mesh, contextlib.ExitStack() as cleanup:
@@ -212,7 +213,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         mesh.on_main(lambda: hub.fetch(resume_from, precision, lambda: claim.take(make=True)))
         start = mesh.on_main(lambda: resume.pick(run_dir, resume_from, verified))
         state = resume.read(start, config, precision, steps) if start is not None else None
-        cut = mesh.on_main(lambda: state is not None and unscored(run_dir, state.step))  # its evaluation
+        cut = mesh.on_main(lambda: [] if state is None else cut_short(run_dir, state.step))
         over = state is not None and not cut and state.ended(config, steps)
         if state is not None and over and resume.same_names(state, config):
             return finished(mesh, hub, config, state, start)  # the data may be far away
@@ -265,7 +266,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         if profiler is not None:
             cleanup.callback(profiler.stop)
         if cut:
-            score_again(run, held_out, state.step)
+            make_up(run, state, held_out, opened.tokenizer, cut)
         while state.step < steps and not state.exhausted:
             saver.check()
             batch = next_batch(clock, loader, stop)
@@ -384,8 +385,8 @@ def diverged(run: Run, state: TrainState, metrics: dict[str, Any]) -> str:
     return DIVERGED
 
 
-def validate(run: Run, held_out: Validation, step: int) -> dict[str, float | None]:
-    """The scores of `evals.evaluate`, None where a signal came before its end."""
+def validate(run: Run, held_out: Validation, step: int) -> dict[str, Any]:
+    """The scores of `evals.evaluate`, or that a signal came before its end."""
     import evals
 
     def stop() -> bool:
@@ -398,18 +399,25 @@ def validate(run: Run, held_out: Validation, step: int) -> dict[str, float | Non
     )  # fmt: skip
 
 
-def score_again(run: Run, held_out: Validation, step: int) -> None:
-    """Make up for the evaluation after `step`, which a signal has cut short."""
-    from tracker import score
+def make_up(
+    run: Run, state: TrainState, held_out: Validation, tokenizer: PreTrainedTokenizerFast, cut: list[str]
+) -> None:
+    """Do again what a signal has cut short after the last step: evaluation, samples."""
+    import journal
+    from tracker import METRICS, SAMPLES, score
 
-    scores = validate(run, held_out, step)
-    if run.mesh.is_main:
-        score(Path(run.config.run.dir), step, scores)
+    if METRICS in cut:
+        scores = validate(run, held_out, state.step)
+        if run.mesh.is_main:
+            score(Path(run.config.run.dir), state.step, scores)
+    if SAMPLES in cut:
+        journal.write_samples(run, tokenizer, state.step, shown=state.step >= run.steps or state.exhausted)
 
 
 def ending(run: Run, state: TrainState, why: str | Exception | None) -> int:
     """Say why the run is over; the exit code. Raises `why` where that is an error."""
     import journal
+    from tracker import cut_short
 
     config, note = run.config, run.tracker.note
     if isinstance(why, Exception):
@@ -419,7 +427,9 @@ def ending(run: Run, state: TrainState, why: str | Exception | None) -> int:
     if why is HOPELESS:
         note(f"only now could a checkpoint be written: stopped after step {state.step}; the same command goes on")
         return EXIT_UNSAVED
-    if state.exhausted:
+    (stopped,) = run.mesh.any(run.stop.requested)
+    cut = stopped and run.mesh.on_main(lambda: bool(cut_short(Path(config.run.dir), state.step)))
+    if state.exhausted and not cut:
         note(f"the sources' last epoch ended at step {state.step} of {run.steps}: this run is complete")
     elif state.step < run.steps and why is LATE and not run.stop.requested:
         note(
@@ -427,7 +437,7 @@ def ending(run: Run, state: TrainState, why: str | Exception | None) -> int:
             f"{run.steps}; the same command goes on"
         )
         return EXIT_TIME
-    elif state.step < run.steps:
+    elif state.step < run.steps or cut:
         number = run.stop.signal or signal.SIGTERM  # another rank was told to stop
         note(
             f"stopped by {signal.Signals(number).name} after step {state.step} of {run.steps}; the same command goes on"
