@@ -161,28 +161,14 @@ def save(
     make_folder(root)
     final = root / f"step_{step:08d}"
     _sweep(root, "tmp", "trash")  # before writing: a save that died may have filled the disk
-    temporary = _aside(final, "tmp")
-    temporary.mkdir()
     try:
-        try:
-            entries = write(temporary, tensors, files, max_shard_bytes=max_shard_bytes)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            # What is kept beyond the least makes room; what dead saves left is swept.
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not prune(root, LEAST_KEPT, known=known):
-                raise
-            log.warning("the disk is full: of the checkpoints in %s only the newest %d are kept", root, LEAST_KEPT)
-            temporary.mkdir()
-            entries = write(temporary, tensors, files, max_shard_bytes=max_shard_bytes)
-        manifest = _manifest_bytes(step, entries)
-        _write_file(temporary / MANIFEST, [manifest])
-        sync_directory(temporary)
-        if not _holds(final, manifest):
-            if final.exists():
-                os.rename(final, _aside(final, "old"))  # `latest` still finds it should we die before the next line
-            os.rename(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # nothing there after the rename
+        _make(final, step, tensors, files, max_shard_bytes)
+    except OSError as error:
+        # What is kept beyond the least makes room; what dead saves left is swept.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not prune(root, LEAST_KEPT, known=known):
+            raise
+        log.warning("the disk is full: of the checkpoints in %s only the newest %d are kept", root, LEAST_KEPT)
+        _make(final, step, tensors, files, max_shard_bytes)
     sync_directory(root)
     sync_directory(root.parent)
     for file in final.iterdir():
@@ -194,6 +180,24 @@ def save(
         raise
     prune(root, keep, never=final, known=known)
     return final
+
+
+def _make(
+    final: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], files: Mapping[str, bytes],
+    max_shard_bytes: int,
+) -> None:  # fmt: skip
+    temporary = _aside(final, "tmp")
+    temporary.mkdir()
+    try:
+        manifest = _manifest_bytes(step, write(temporary, tensors, files, max_shard_bytes=max_shard_bytes))
+        _write_file(temporary / MANIFEST, [manifest])
+        sync_directory(temporary)
+        if not _holds(final, manifest):
+            if final.exists():
+                os.rename(final, _aside(final, "old"))  # `latest` still finds it should we die before the next line
+            os.rename(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # nothing there after the rename
 
 
 def _manifest_bytes(step: int, entries: Mapping[str, Any]) -> bytes:
