@@ -365,7 +365,8 @@ def roll_back(run: Run, state: TrainState, saver: Saver, start: Path | None) -> 
     failed, state.bad_in_a_row, state.rollbacks = state.step, 0, state.rollbacks + 1
     state.step, state.tokens, state.loss_scale = (then.step, then.tokens, then.loss_scale) if then else (0, 0, {})
     if run.mesh.is_main:
-        keep_until(Path(run.config.run.dir), state.step)
+        with contextlib.suppress(OSError):  # a full disk: lines of the steps before stand beside those made anew
+            keep_until(Path(run.config.run.dir), state.step)
         checkpoint.set_newer_aside(root, state.step)
     run.tracker.note(
         f"no finite gradient for {MOST_SKIPPED + 1} steps, the last of them {failed}: back to step {state.step}, past "
@@ -377,10 +378,13 @@ def diverged(run: Run, state: TrainState, metrics: dict[str, Any]) -> str:
     import journal
 
     if run.mesh.is_main:
-        path = journal.dump(run, state, metrics)
+        try:
+            dump = f"norms of every parameter and gradient are in {journal.dump(run, state, metrics)}"
+        except OSError as error:  # a full disk
+            dump = f"diverged.json could not be written: {error.strerror}"
         run.tracker.note(
             f"no finite gradient for {MOST_SKIPPED + 1} steps, after {MOST_ROLLBACKS} times back to a checkpoint: "
-            f"stopped at step {state.step}; lower optim.lr; norms of every parameter and gradient are in {path}"
+            f"stopped at step {state.step}; lower optim.lr; {dump}"
         )
     return DIVERGED
 

@@ -59,14 +59,14 @@ def _state(pid: int) -> str:
 
 
 def colab(lab: Lab, server: FakeModelHub, name: str, steps: int, mean: int, case: Any) -> None:
-    """Sessions of `mean` steps on the average; a checkpoint every 10, pushed as soon as the one before is up."""
+    """Sessions of `mean` steps on the average; a checkpoint every 5, pushed as soon as the one before is up."""
     options = (f"train.steps={steps}", "checkpoint.keep=2", "eval.every_steps=100000")
-    alone = lab.run(f"{name}-alone", *options, "checkpoint.every_steps=100000", timeout=1200)
+    alone = lab.run(f"{name}-alone", *options, "checkpoint.every_steps=100000", timeout=3600)
     assert alone.code == 0, alone
     draw, taken, deaths = random.Random(name), 0, 0
     while True:
         length = round(draw.uniform(0.5, 1.5) * mean)
-        result, done = session(lab, name, (*options, "checkpoint.every_steps=10", REPO), at(server, lab), length)
+        result, done = session(lab, name, (*options, "checkpoint.every_steps=5", REPO), at(server, lab), length)
         taken += done
         if result.code == 0:
             break
@@ -88,7 +88,8 @@ def test_one_death_and_an_empty_disk(lab: Lab, server: FakeModelHub, row: Callab
 @pytest.mark.slow
 def test_a_simulated_colab(lab: Lab, server: FakeModelHub, row: Callable[[str], Any]) -> None:
     with row("Colab") as case:
-        colab(lab, server, "colab", 4000, 800, case)  # were 10 steps its 5 minutes, a session would last 7 hours
+        colab(lab, server, "colab", 8800, 400, case)  # were 5 steps its 5 minutes, a session would last 7 hours
+        case.expect(case.figures["deaths"] >= 20, case.figures)
         case.check("" if case.figures["goodput"] >= GOODPUT else case.figures, "goodput")
 
 
