@@ -100,16 +100,19 @@ def preflight(folder: Path, num_bytes: int, keep: int = 1, *, afresh: bool = Fal
             file.write(b"x")
             file.flush()
             os.fsync(file.fileno())
+        if (folder / "checkpoints").is_dir():
+            _sweep(folder / "checkpoints", "tmp", "trash", "hub")  # of processes that died
         free = shutil.disk_usage(there).free
     except OSError as error:
         raise UserError(f"run.dir = {str(folder)!r} cannot be written: {there}: {error.strerror}") from None
-    if free < ROOM * num_bytes:
+    replaced = [] if afresh else _checkpoints(folder / "checkpoints")
+    held = [sum(file.stat().st_size for file in path.iterdir()) for path in replaced]
+    spare = "" if held else " and a fifth to spare"  # a run that was going needs no more than it did
+    if free + sum(held[LEAST_KEPT:]) < num_bytes * (ROOM if spare else 1):
         raise UserError(
             f"run.dir = {str(folder)!r}: {free / 2**30:.2f} GiB are free, a checkpoint of this run takes "
-            f"{num_bytes / 2**30:.2f} GiB and a fifth to spare; free some, or give another run.dir=..."
+            f"{num_bytes / 2**30:.2f} GiB{spare}; free some, or give another run.dir=..."
         )
-    replaced = [] if afresh else _checkpoints(folder / "checkpoints")
-    held = [file.stat().st_size for path in replaced for file in path.iterdir()]
     needed = (max(keep, LEAST_KEPT) + 1) * num_bytes - sum(held)
     told = (
         f"checkpoint.keep = {keep} needs {needed / 2**30:.2f} GiB more for checkpoints, and {free / 2**30:.2f} GiB are "
