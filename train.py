@@ -261,7 +261,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         loader = Loader(feed, config.data.workers, pin_memory=mesh.device.type == "cuda", note=tracker.note)
         cleanup.callback(loader.close)
         resume.restore_rng(config.train.seed, start, mesh.device, mesh.rank)
-        saved, clock, why, owed = state.step, Clock(), None, False
+        saved, clock, why, owed = 0 if cut else state.step, Clock(), None, False
         profiler = profiling.Profiler(run_dir, mesh.device, tracker.note) if profile and mesh.is_main else None
         if profiler is not None:
             cleanup.callback(profiler.stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 from fake_model_hub import TOKEN, FakeModelHub, Fault
 from lab import Lab, Result, Running, lines, newest, tensors
+
+from tracker import CUT_SHORT
 
 REPO = "hub.repo_id=someone/model"
 NOT_PUSHED = 6  # the exit code of a run whose newest checkpoint is not on the Hub
@@ -91,6 +94,19 @@ def test_a_simulated_colab(lab: Lab, server: FakeModelHub, row: Callable[[str], 
         colab(lab, server, "colab", 8800, 400, case)  # were 5 steps its 5 minutes, a session would last 7 hours
         case.expect(case.figures["deaths"] >= 20, case.figures)
         case.check("" if case.figures["goodput"] >= GOODPUT else case.figures, "goodput")
+
+
+def test_the_hub_hears_of_what_is_made_up_for(lab: Lab, server: FakeModelHub, row: Callable[[str], Any]) -> None:
+    """An evaluation cut short after the last step, pushed without it: by an empty machine, where no step is left."""
+    fault = {"phase": "eval", "number": signal.SIGTERM, "step": 3}
+    options, name = ("train.steps=4", "train.micro_batch=1", REPO), "made-up-for"
+    with row("F9") as case:
+        for faults, code, key in (([("signal_in", fault)], 143, CUT_SHORT), ([], 0, "val_loss")):
+            shutil.rmtree(lab[name], ignore_errors=True)
+            result = lab.run(name, *options, faults=[*faults, at(server, lab)])
+            case.check("" if result.code == code else result, "exit code")
+            pushed = json.loads(server.repos["someone/model"].head.files["metrics.jsonl"].splitlines()[-1])
+            case.check("" if pushed["step"] == 4 and key in pushed else pushed, "on the Hub")
 
 
 @pytest.mark.slow
