@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -94,7 +94,7 @@ class Tracker:
             return
         quoted = (_quote(clean(f"**{prompt}**{text}")) for prompt, text in prompts_and_texts or ())
         texts = [NO_SAMPLES] if prompts_and_texts is None else quoted
-        if SAMPLES in cut_short(self.folder, step):
+        if cut_short(self.folder, step, (SAMPLES,)):
             _replace(self.folder / SAMPLES, recorded(self.folder / SAMPLES, most=step - 1))
         self._append(SAMPLES, f"## Step {step}\n\n" + "".join(f"{text}\n\n" for text in texts))
 
@@ -152,12 +152,10 @@ def add_missing(path: Path, step: int, theirs: bytes) -> None:
     _replace(path, recorded(path, most=step) + "".join(clean(text) for when, text in parts if when > step))
 
 
-def cut_short(folder: Path, step: int) -> list[str]:
+def cut_short(folder: Path, step: int, names: Sequence[str] = RECORDS) -> list[str]:
     """Which of the records lack what a signal cut short after `step`."""
     marks = {METRICS: lambda text: CUT_SHORT in json.loads(text), SAMPLES: lambda text: NO_SAMPLES in text.splitlines()}
-    return [
-        name for name in RECORDS if any(when == step and marks[name](text) for when, text in entries(folder / name))
-    ]
+    return [name for name in names if any(when == step and marks[name](text) for when, text in entries(folder / name))]
 
 
 def score(folder: Path, step: int, scores: Mapping[str, Any]) -> None:

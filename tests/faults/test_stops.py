@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from lab import Lab, Result, checkpoints, differences, lines, losses, newest, same_end, torchrun
+from lab import Lab, Result, checkpoints, children, differences, lines, losses, newest, same_end, torchrun
 
 from tracker import RECORDS, SAMPLES, cut_short
 
@@ -179,16 +179,17 @@ def test_a_hundred_sigterms(lab: Lab, row: Callable[[str], Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_signal_to_torchrun(lab: Lab, row: Callable[[str], Any]) -> None:
-    """It passes SIGTERM on to both ranks and grants them 30 seconds."""
+    """It passes it on to both ranks and grants them 30 seconds; also where they had it, as Slurm sends it to all."""
     with row("F9") as case:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            name = f"torchrun-{number}"
+        for number, to_all in ((signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)):
+            name = f"torchrun-{number}-{to_all}"
             options = ("train.steps=2000", "checkpoint.every_steps=100000", "sample.every_steps=100000")
             with torchrun(lab, name, *options, "eval.every_steps=100000") as (process,):
                 deadline = time.monotonic() + 60
                 while len(lines(lab[name])) < AT and time.monotonic() < deadline:
                     time.sleep(0.05)
-                os.kill(process.pid, number)
+                for pid in (*(children(process.pid) if to_all else ()), process.pid):
+                    os.kill(pid, number)
                 began = time.monotonic()
                 process.communicate(timeout=60)
                 case.figures["torchrun's end, s"] = round(time.monotonic() - began, 1)
