@@ -100,16 +100,19 @@ def preflight(folder: Path, num_bytes: int, keep: int = 1, *, afresh: bool = Fal
             file.write(b"x")
             file.flush()
             os.fsync(file.fileno())
+        if (folder / "checkpoints").is_dir():
+            _sweep(folder / "checkpoints", "tmp", "trash", "hub")  # of processes that died
         free = shutil.disk_usage(there).free
     except OSError as error:
         raise UserError(f"run.dir = {str(folder)!r} cannot be written: {there}: {error.strerror}") from None
-    if free < ROOM * num_bytes:
+    replaced = [] if afresh else _checkpoints(folder / "checkpoints")
+    held = [sum(file.stat().st_size for file in path.iterdir()) for path in replaced]
+    spare = "" if held else " and a fifth to spare"  # a run that was going needs no more than it did
+    if free + sum(held[LEAST_KEPT:]) < num_bytes * (ROOM if spare else 1):
         raise UserError(
             f"run.dir = {str(folder)!r}: {free / 2**30:.2f} GiB are free, a checkpoint of this run takes "
-            f"{num_bytes / 2**30:.2f} GiB and a fifth to spare; free some, or give another run.dir=..."
+            f"{num_bytes / 2**30:.2f} GiB{spare}; free some, or give another run.dir=..."
         )
-    replaced = [] if afresh else _checkpoints(folder / "checkpoints")
-    held = [file.stat().st_size for path in replaced for file in path.iterdir()]
     needed = (max(keep, LEAST_KEPT) + 1) * num_bytes - sum(held)
     told = (
         f"checkpoint.keep = {keep} needs {needed / 2**30:.2f} GiB more for checkpoints, and {free / 2**30:.2f} GiB are "
@@ -161,28 +164,14 @@ def save(
     make_folder(root)
     final = root / f"step_{step:08d}"
     _sweep(root, "tmp", "trash")  # before writing: a save that died may have filled the disk
-    temporary = _aside(final, "tmp")
-    temporary.mkdir()
     try:
-        try:
-            entries = write(temporary, tensors, files, max_shard_bytes=max_shard_bytes)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            # What is kept beyond the least makes room; what dead saves left is swept.
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not prune(root, LEAST_KEPT, known=known):
-                raise
-            log.warning("the disk is full: of the checkpoints in %s only the newest %d are kept", root, LEAST_KEPT)
-            temporary.mkdir()
-            entries = write(temporary, tensors, files, max_shard_bytes=max_shard_bytes)
-        manifest = _manifest_bytes(step, entries)
-        _write_file(temporary / MANIFEST, [manifest])
-        sync_directory(temporary)
-        if not _holds(final, manifest):
-            if final.exists():
-                os.rename(final, _aside(final, "old"))  # `latest` still finds it should we die before the next line
-            os.rename(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # nothing there after the rename
+        _make(final, step, tensors, files, max_shard_bytes)
+    except OSError as error:
+        # What is kept beyond the least makes room; what dead saves left is swept.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not prune(root, LEAST_KEPT, known=known):
+            raise
+        log.warning("the disk is full: of the checkpoints in %s only the newest %d are kept", root, LEAST_KEPT)
+        _make(final, step, tensors, files, max_shard_bytes)
     sync_directory(root)
     sync_directory(root.parent)
     for file in final.iterdir():
@@ -194,6 +183,24 @@ def save(
         raise
     prune(root, keep, never=final, known=known)
     return final
+
+
+def _make(
+    final: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], files: Mapping[str, bytes],
+    max_shard_bytes: int,
+) -> None:  # fmt: skip
+    temporary = _aside(final, "tmp")
+    temporary.mkdir()
+    try:
+        manifest = _manifest_bytes(step, write(temporary, tensors, files, max_shard_bytes=max_shard_bytes))
+        _write_file(temporary / MANIFEST, [manifest])
+        sync_directory(temporary)
+        if not _holds(final, manifest):
+            if final.exists():
+                os.rename(final, _aside(final, "old"))  # `latest` still finds it should we die before the next line
+            os.rename(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # nothing there after the rename
 
 
 def _manifest_bytes(step: int, entries: Mapping[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ import ops
 from data import Validation
 from model import DeepSeekV3
 from parallel import Mesh, free_memory
+from tracker import CUT_SHORT
 
 
 @torch.no_grad()
@@ -30,8 +31,9 @@ def evaluate(
     """`val_loss`, nats per token, and `val_bpb`, bits per UTF-8 byte, both of the main head, EOS included.
 
     `rows` at a time, half as many where memory runs out; every rank takes its share. Empty when there is nothing to
-    evaluate or no memory for one row; both None when `stop`, asked each time, says so on any rank before the end. With
-    `eos` documents are isolated, as in training with data.document_mask. `note` is told of memory that ran out.
+    evaluate or no memory for one row; None where they are not finite. `CUT_SHORT` in their place when `stop`, asked
+    each time, says so on any rank before the end. With `eos` documents are isolated, as in training with
+    data.document_mask. `note` is told of memory that ran out.
     """
     start, end = mesh.share(len(held_out.tokens))
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
@@ -53,7 +55,7 @@ def evaluate(
             free_memory(mesh.device)
             note(f"out of memory: this evaluation takes {rows} rows at a time")
         if stopped and done < most:
-            return {"val_loss": None, "val_bpb": None}
+            return {CUT_SHORT: True}
     nats, count = mesh.sum(sums).tolist()
     if not count:
         return {}

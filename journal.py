@@ -136,6 +136,7 @@ def write_samples(run: Run, tokenizer: PreTrainedTokenizerFast, step: int, *, sh
             vocab_limit=len(tokenizer), on_token=go_on,
         )  # fmt: skip
     except Stopped:
+        run.tracker.samples(step, None)
         return
     except Exception as error:  # noqa: BLE001  # whatever it is, a sample is not worth a run
         run.tracker.note(f"no samples: {error}")

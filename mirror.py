@@ -66,10 +66,10 @@ class Mirror:
             claim()
             self.remember()  # first: a folder with checkpoints and no name would be taken for another run's
             self.note(f"hub: fetching step {theirs.step} of {self.repo_id}")
+            self._records(theirs, -1 if local is None else checkpoint.step_of(local))  # with the checkpoint here, never
             pulled = hub.pull(self.repo_id, root, note=self.note)
             if pulled is not None:
                 self.known.add(checkpoint.key_of(pulled))
-                self._records(theirs, -1 if local is None else checkpoint.step_of(local))
             self.ahead = None
         except (Unreachable, CheckpointError) as error:
             if local is None:

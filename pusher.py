@@ -31,6 +31,7 @@ from config import UserError
 from hub import LATEST, Latest, told
 from options import shown
 from text import clean
+from tracker import RECORDS
 
 LONGEST_WAIT_SEC = 300.0  # between tries
 REFUSED_WAIT_SEC = 3600.0  # the same after an answer that no waiting mends, such as a token that may not write
@@ -225,7 +226,7 @@ class Pusher:
     def _push(self) -> None:
         """Make the head hold the item, unless it does: one commit, or none."""
         head, latest = self._head()
-        if self._is_item(latest):
+        if latest is not None and self._is_item(latest) and (latest.writer == self.writer or self._same_records(head)):
             return
         try:
             self._commit(head)
@@ -247,6 +248,12 @@ class Pusher:
         else:
             if not self._is_item(self._head()[1]):
                 raise remote.Unreachable("the Hub took the commit and does not show it")
+
+    def _same_records(self, head: str | None) -> bool:
+        """Not where an evaluation that was cut short was made up for since a process before this one has pushed."""
+        ours = {name: content for name, content in self._card(head).items() if name in RECORDS}
+        most = hub.MOST_RECORD_BYTES
+        return all(hub.read(self.api, self.repo_id, str(head), name, most) == ours[name] for name in ours)
 
     def _commit(self, head: str | None) -> None:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete

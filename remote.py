@@ -22,6 +22,7 @@ PREFIX = "hf://"
 TIMEOUT_SEC = 10
 RETRY_SEC = 600.0  # how long a read is tried again before the run stops
 LONGEST_WAIT_SEC = 60.0
+LONGEST_ASKED_SEC = 3600.0  # more than the Hub asks for: another clock than ours, or nonsense
 DAMAGED_SEC = 20.0  # how long what came but is no Parquet is asked for again
 MOST_PATHS = 500  # of a question for sizes; the Hub answers 1,000 parameters (huggingface_hub #1504)
 _T = TypeVar("_T")
@@ -245,7 +246,7 @@ def response_of(error: BaseException | None) -> Any:
 
 
 def asked_wait(response: Any) -> float:
-    """Seconds that an answer asks to wait, 0 if it does not say.
+    """Seconds that an answer asks to wait, 0 if it does not say; at most `LONGEST_ASKED_SEC`.
 
     Any answer has a RateLimit; only with 429 is it to be waited for.
     """
@@ -253,12 +254,13 @@ def asked_wait(response: Any) -> float:
     if response is not None and response.status_code == 429:
         found = re.search(r"\bt\s*=\s*(\d+)", headers.get("ratelimit", ""))
         if found:
-            return float(found[1])
+            return min(float(found[1]), LONGEST_ASKED_SEC)
     after = headers.get("retry-after", "").strip()
     if after.isdecimal():
-        return float(after)
+        return min(float(after), LONGEST_ASKED_SEC)
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - time.time())
+        asked = email.utils.parsedate_to_datetime(after).timestamp() - time.time()
+        return min(max(0.0, asked), LONGEST_ASKED_SEC)
     except ValueError:
         return 0.0
 

@@ -7,9 +7,11 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 PATIENCE_SEC = 2.0  # what is waited for may be on its way, and is not to be torn off in the middle
+ECHO_SEC = 1.0  # torchrun and timeout pass on a signal that Slurm, systemd or they themselves have sent to all
 
 
 ASKS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))  # Windows
@@ -20,7 +22,8 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """Set by one of `ASKS`, polled between micro-batches; a second signal ends the process at once."""
+    """Set by one of `ASKS`, polled between micro-batches; a second signal ends the process at once, unless it is an
+    echo: the same again, soon, and not typed."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -45,9 +48,13 @@ class StopFlag:
                 raise Stopped
             return
         if self.requested:
+            echo = number == self.signal != signal.SIGINT and time.monotonic() - self._since < ECHO_SEC
+            if echo:
+                return
             os._exit(128 + number)
-        self.signal = number
-        os.write(2, b"\nstopping, with the last completed step saved; once more to stop at once, without saving\n")
+        self.signal, self._since = number, time.monotonic()
+        with contextlib.suppress(OSError):  # Ctrl-C has ended its reader, too: `2>&1 | tee log`
+            os.write(2, b"\nstopping, with the last completed step saved; once more to stop at once, without saving\n")
         patience = threading.Timer(PATIENCE_SEC, self._lose_patience)
         patience.daemon = True
         patience.start()

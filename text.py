@@ -57,7 +57,7 @@ def report(error: UserError | OSError) -> int:
     """Say a user's mistake, or a file that cannot be had, in one line on standard error; the exit code."""
     told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
     line = " ".join(f"error: {clean(told[:MAX_MESSAGE])}".split())
-    print(line if len(line) < MAX_MESSAGE else f"{line[: MAX_MESSAGE - 4]}...", file=sys.stderr)
+    say(line if len(line) < MAX_MESSAGE else f"{line[: MAX_MESSAGE - 4]}...", out=sys.stderr)
     return 2
 
 

@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +19,8 @@ from text import clean, redact, say
 LINE_EVERY_SEC = 0.2  # on a terminal
 PLAIN_EVERY_SEC = 30.0  # elsewhere: a line during steps that take long
 RECORDS = METRICS, SAMPLES = "metrics.jsonl", "samples.md"
+CUT_SHORT = "cut_short"  # in a line of the metrics: a signal ended its evaluation
+NO_SAMPLES = "A signal came before the end of these; they are made when the run goes on."
 
 
 def duration(seconds: float) -> str:
@@ -86,12 +88,15 @@ class Tracker:
         self._clear()
         self._print(f"{self._where(step)}  {self.summary}")
 
-    def samples(self, step: int, prompts_and_texts: list[tuple[str, str]]) -> None:
-        """Append a section to `samples.md`."""
+    def samples(self, step: int, prompts_and_texts: list[tuple[str, str]] | None) -> None:
+        """A section of `samples.md`, in place of one that says that they were cut short; None is to say so."""
         if self.folder is None:
             return
-        quoted = "".join(f"{_quote(clean(f'**{prompt}**{text}'))}\n\n" for prompt, text in prompts_and_texts)
-        self._append(SAMPLES, f"## Step {step}\n\n{quoted}")
+        quoted = (_quote(clean(f"**{prompt}**{text}")) for prompt, text in prompts_and_texts or ())
+        texts = [NO_SAMPLES] if prompts_and_texts is None else quoted
+        if cut_short(self.folder, step, (SAMPLES,)):
+            _replace(self.folder / SAMPLES, recorded(self.folder / SAMPLES, most=step - 1))
+        self._append(SAMPLES, f"## Step {step}\n\n" + "".join(f"{text}\n\n" for text in texts))
 
     def _append(self, name: str, text: str) -> None:
         """A disk that is full costs lines, not the run; that is told once."""
@@ -147,16 +152,21 @@ def add_missing(path: Path, step: int, theirs: bytes) -> None:
     _replace(path, recorded(path, most=step) + "".join(clean(text) for when, text in parts if when > step))
 
 
-def unscored(folder: Path, step: int) -> bool:
-    """Whether the evaluation after `step` was cut short by a signal (or came to no number)."""
-    return any(when == step and json.loads(text).get("val_loss", 0) is None for when, text in entries(folder / METRICS))
+def cut_short(folder: Path, step: int, names: Sequence[str] = RECORDS) -> list[str]:
+    """Which of the records lack what a signal cut short after `step`."""
+    marks = {METRICS: lambda text: CUT_SHORT in json.loads(text), SAMPLES: lambda text: NO_SAMPLES in text.splitlines()}
+    return [name for name in names if any(when == step and marks[name](text) for when, text in entries(folder / name))]
 
 
 def score(folder: Path, step: int, scores: Mapping[str, Any]) -> None:
     """Write the scores of an evaluation that is made up for into the line of its step."""
+
+    def scored(text: str) -> str:
+        kept = {key: value for key, value in json.loads(text).items() if key != CUT_SHORT}
+        return json.dumps({**kept, **scores}) + "\n"
+
     lines = entries(folder / METRICS, most=step)
-    scored = (json.dumps(json.loads(text) | scores) + "\n" if when == step else text for when, text in lines)
-    _replace(folder / METRICS, "".join(scored))
+    _replace(folder / METRICS, "".join(scored(text) if when == step else text for when, text in lines))
 
 
 def logged(folder: Path, step: int) -> list[dict[str, Any]]:

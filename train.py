@@ -29,6 +29,7 @@ from text import report, say
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
 
     from data import Loader, Validation
     from metrics import Clock
@@ -184,7 +185,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
     from run import Run, build, checkpoint_bytes, put_back
     from saver import Saver
     from stream import Cursor
-    from tracker import Tracker, unscored
+    from tracker import Tracker, cut_short
 
     run_dir, stop, started = Path(config.run.dir), StopFlag(), time.monotonic()
     with parallel.processes(allow_cpu=allow_cpu) as mesh, contextlib.ExitStack() as cleanup:
@@ -212,7 +213,7 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         mesh.on_main(lambda: hub.fetch(resume_from, precision, lambda: claim.take(make=True)))
         start = mesh.on_main(lambda: resume.pick(run_dir, resume_from, verified))
         state = resume.read(start, config, precision, steps) if start is not None else None
-        cut = mesh.on_main(lambda: state is not None and unscored(run_dir, state.step))  # its evaluation
+        cut = mesh.on_main(lambda: [] if state is None else cut_short(run_dir, state.step))
         over = state is not None and not cut and state.ended(config, steps)
         if state is not None and over and resume.same_names(state, config):
             return finished(mesh, hub, config, state, start)  # the data may be far away
@@ -260,12 +261,12 @@ def train(config: Config, *, resume_from: str = "auto", allow_cpu: bool = False,
         loader = Loader(feed, config.data.workers, pin_memory=mesh.device.type == "cuda", note=tracker.note)
         cleanup.callback(loader.close)
         resume.restore_rng(config.train.seed, start, mesh.device, mesh.rank)
-        saved, clock, why, owed = state.step, Clock(), None, False
+        saved, clock, why, owed = 0 if cut else state.step, Clock(), None, False
         profiler = profiling.Profiler(run_dir, mesh.device, tracker.note) if profile and mesh.is_main else None
         if profiler is not None:
             cleanup.callback(profiler.stop)
         if cut:
-            score_again(run, held_out, state.step)
+            make_up(run, state, held_out, opened.tokenizer, cut)
         while state.step < steps and not state.exhausted:
             saver.check()
             batch = next_batch(clock, loader, stop)
@@ -364,7 +365,8 @@ def roll_back(run: Run, state: TrainState, saver: Saver, start: Path | None) -> 
     failed, state.bad_in_a_row, state.rollbacks = state.step, 0, state.rollbacks + 1
     state.step, state.tokens, state.loss_scale = (then.step, then.tokens, then.loss_scale) if then else (0, 0, {})
     if run.mesh.is_main:
-        keep_until(Path(run.config.run.dir), state.step)
+        with contextlib.suppress(OSError):  # a full disk: lines of the steps before stand beside those made anew
+            keep_until(Path(run.config.run.dir), state.step)
         checkpoint.set_newer_aside(root, state.step)
     run.tracker.note(
         f"no finite gradient for {MOST_SKIPPED + 1} steps, the last of them {failed}: back to step {state.step}, past "
@@ -376,16 +378,19 @@ def diverged(run: Run, state: TrainState, metrics: dict[str, Any]) -> str:
     import journal
 
     if run.mesh.is_main:
-        path = journal.dump(run, state, metrics)
+        try:
+            dump = f"norms of every parameter and gradient are in {journal.dump(run, state, metrics)}"
+        except OSError as error:  # a full disk
+            dump = f"diverged.json could not be written: {error.strerror}"
         run.tracker.note(
             f"no finite gradient for {MOST_SKIPPED + 1} steps, after {MOST_ROLLBACKS} times back to a checkpoint: "
-            f"stopped at step {state.step}; lower optim.lr; norms of every parameter and gradient are in {path}"
+            f"stopped at step {state.step}; lower optim.lr; {dump}"
         )
     return DIVERGED
 
 
-def validate(run: Run, held_out: Validation, step: int) -> dict[str, float | None]:
-    """The scores of `evals.evaluate`, None where a signal came before its end."""
+def validate(run: Run, held_out: Validation, step: int) -> dict[str, Any]:
+    """The scores of `evals.evaluate`, or that a signal came before its end."""
     import evals
 
     def stop() -> bool:
@@ -398,18 +403,25 @@ def validate(run: Run, held_out: Validation, step: int) -> dict[str, float | Non
     )  # fmt: skip
 
 
-def score_again(run: Run, held_out: Validation, step: int) -> None:
-    """Make up for the evaluation after `step`, which a signal has cut short."""
-    from tracker import score
+def make_up(
+    run: Run, state: TrainState, held_out: Validation, tokenizer: PreTrainedTokenizerFast, cut: list[str]
+) -> None:
+    """Do again what a signal has cut short after the last step: evaluation, samples."""
+    import journal
+    from tracker import METRICS, SAMPLES, score
 
-    scores = validate(run, held_out, step)
-    if run.mesh.is_main:
-        score(Path(run.config.run.dir), step, scores)
+    if METRICS in cut:
+        scores = validate(run, held_out, state.step)
+        if run.mesh.is_main:
+            score(Path(run.config.run.dir), state.step, scores)
+    if SAMPLES in cut:
+        journal.write_samples(run, tokenizer, state.step, shown=state.step >= run.steps or state.exhausted)
 
 
 def ending(run: Run, state: TrainState, why: str | Exception | None) -> int:
     """Say why the run is over; the exit code. Raises `why` where that is an error."""
     import journal
+    from tracker import cut_short
 
     config, note = run.config, run.tracker.note
     if isinstance(why, Exception):
@@ -419,7 +431,9 @@ def ending(run: Run, state: TrainState, why: str | Exception | None) -> int:
     if why is HOPELESS:
         note(f"only now could a checkpoint be written: stopped after step {state.step}; the same command goes on")
         return EXIT_UNSAVED
-    if state.exhausted:
+    (stopped,) = run.mesh.any(run.stop.requested)
+    cut = stopped and run.mesh.on_main(lambda: bool(cut_short(Path(config.run.dir), state.step)))
+    if state.exhausted and not cut:
         note(f"the sources' last epoch ended at step {state.step} of {run.steps}: this run is complete")
     elif state.step < run.steps and why is LATE and not run.stop.requested:
         note(
@@ -427,7 +441,7 @@ def ending(run: Run, state: TrainState, why: str | Exception | None) -> int:
             f"{run.steps}; the same command goes on"
         )
         return EXIT_TIME
-    elif state.step < run.steps:
+    elif state.step < run.steps or cut:
         number = run.stop.signal or signal.SIGTERM  # another rank was told to stop
         note(
             f"stopped by {signal.Signals(number).name} after step {state.step} of {run.steps}; the same command goes on"

@@ -204,4 +204,11 @@ def test_scores_that_are_not_finite_are_null(tmp_path: Path) -> None:
     mesh = Mesh(0, 1, torch.device("cpu"))
     scores = evaluate(model, Validation(rows, rows, 1, 1, 1), rows=1, mesh=mesh)
     assert scores == {"val_loss": None, "val_bpb": None}
-    tracker.Tracker(tmp_path, total_steps=1, first_step=0, out=io.StringIO()).log(1, scores)
+    told = tracker.Tracker(tmp_path, total_steps=2, first_step=0, out=io.StringIO())
+    told.log(1, scores)
+    assert tracker.cut_short(tmp_path, 1) == []  # or each start would evaluate again
+    held_out = Validation(rows.repeat(2, 1), rows.repeat(2, 1), 1, 1, 1)
+    told.log(2, evaluate(model, held_out, rows=1, mesh=mesh, stop=lambda: True))
+    assert tracker.cut_short(tmp_path, 2) == [tracker.METRICS]
+    tracker.score(tmp_path, 2, scores)
+    assert tracker.cut_short(tmp_path, 2) == [] and tracker.logged(tmp_path, 2)[1] == {"step": 2, **scores}

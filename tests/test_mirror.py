@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_model_hub import TOKEN, FakeModelHub, Fault
@@ -42,6 +43,15 @@ def test_an_empty_machine_goes_on_from_the_hub(
     repo = hub.repos["someone/model"]
     assert repo.private and {"config.json", "manifest.json", "LATEST.json", "README.md"} <= repo.head.files.keys()
     shutil.rmtree(tmp_path / "run")
+    pull = mirror.hub.pull
+
+    def dies(*arguments: Any, **options: Any) -> None:
+        pull(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # as soon as the checkpoint is here
+        patch.setattr(mirror.hub, "pull", dies)
+        assert tiny("run", "train.steps=12", REPO) == 130
     assert tiny("run", "train.steps=12", REPO) == 0
     told = capsys.readouterr()
     assert "hub: fetching step 5 of someone/model" in told.out and "after step 5" in told.out

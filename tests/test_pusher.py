@@ -198,6 +198,18 @@ def test_a_run_started_again_goes_on_in_its_repository(server: FakeModelHub, tmp
     assert again.push.metrics()["hub_lag_steps"] == 0
 
 
+def test_records_that_were_made_up_for_are_pushed_again(server: FakeModelHub, tmp_path: Path) -> None:
+    """The evaluation of the last step, cut short before; once."""
+    path = save(tmp_path, 1)
+    for record in (b'{"step": 1, "cut_short": true}\n', b'{"step": 1, "val_loss": 2.0}\n'):
+        for _ in range(2):
+            driven = Driven(card=lambda _, record=record: {"metrics.jsonl": record})
+            driven.push.offer(path)
+            driven.turns()
+        assert server.repos[NAME].head.files["metrics.jsonl"] == record
+    assert titles(server)[1:] == [f"step 1 of {RUN}"] * 2
+
+
 def test_another_runs_repository_is_left_alone(server: FakeModelHub, tmp_path: Path) -> None:
     driven = Driven()
     driven.push.offer(save(tmp_path, 1))

@@ -323,7 +323,7 @@ def test_metrics_are_those_of_a_run(quickstart: Quickstart) -> None:
         written |= metrics.keys() | {key for layer in metrics["experts"] for key in layer}
     named = [name for cell in first_cells(section("Metrics")) for name in code(cell)]
     hub = {"hub_pushed_step", "hub_lag_steps", "hub_lag_sec", "hub_error"}  # tests/test_mirror.py has them
-    assert sorted(named) == sorted(written | hub | {"packing_used", "packing_cropped"})
+    assert sorted(named) == sorted(written | hub | {"packing_used", "packing_cropped", "cut_short"})
 
 
 def test_files_are_those_of_a_run(quickstart: Quickstart) -> None:

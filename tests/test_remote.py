@@ -529,3 +529,16 @@ def test_a_hub_that_goes_away_while_files_are_listed_is_unreachable(monkeypatch)
     with pytest.raises(remote.Unreachable, match=r"a\.parquet could not be read from the Hub \(connection refused\)"):
         sources.resolve([SourceConfig(path="o/s")])
     assert 10 < clock[0] <= 30
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "7"}, 7), ({"retry-after": "9" * 20}, 3600), ({"ratelimit": "r=0;t=300"}, 300),
+        ({"ratelimit": f"r=0;t={'9' * 400}"}, 3600), ({"retry-after": "Fri, 31 Dec 9999 23:59:59 GMT"}, 3600),
+        ({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0), ({"retry-after": "soon"}, 0), ({}, 0),
+    ],
+)  # fmt: skip
+def test_no_answer_puts_a_run_off_for_ever(headers: dict[str, str], seconds: float) -> None:
+    """Nor a clock of ours that went back, where the answer has a date."""
+    assert remote.asked_wait(SimpleNamespace(status_code=429, headers=headers)) == seconds

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -284,6 +285,32 @@ def test_the_free_keys_are_keys() -> None:
     for key in (*resume.FREE_KEYS, *resume.ORDER):
         section, name = key.split(".")
         assert name in type(getattr(CONFIG, section)).model_fields
+
+
+def test_a_run_that_was_killed_has_the_room_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What dead processes left goes, and the oldest checkpoints make room, as they would have without the kill."""
+    root, size = tmp_path / "checkpoints", 2**20
+    left = {"step_00000003.tmp-0123abcd", "step_00000001.trash-0123abcd", "step_00000002.hub-0123abcd"}
+    kept = {
+        "step_00000001",
+        "step_00000002",
+        "step_00000003",
+        "step_00000002.bad-damaged",
+        "step_00000003.old-0123abcd",
+    }
+    for name in left | kept:
+        (root / name).mkdir(parents=True)
+        with open(root / name / "model.safetensors", "wb") as file:
+            file.truncate(size)
+
+    def usage(_: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=6 * size - sum(file.stat().st_size for file in root.rglob("*.safetensors")))
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", usage)
+    checkpoint.preflight(tmp_path, 2 * size)
+    assert {path.name for path in root.iterdir()} == kept
+    with pytest.raises(UserError, match="are free, a checkpoint of this run takes"):
+        checkpoint.preflight(tmp_path, 2 * size + 1)
 
 
 def test_a_first_save_that_died_is_no_damaged_checkpoint(tmp_path: Path) -> None:

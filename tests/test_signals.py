@@ -60,3 +60,36 @@ with StopFlag() as stop:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stdout == "goes on\n" and "once more to stop at once" in done.stderr
+
+
+def test_an_echo_of_the_first_one_is_none() -> None:
+    """`timeout` sends SIGTERM to its child and to the group; torchrun passes on what Slurm has sent to all."""
+    code = """
+import signal, time, signals
+signals.ECHO_SEC = 0.2
+with signals.StopFlag() as stop:
+    for _ in range(3):
+        signal.raise_signal(signal.SIGTERM)
+    print("goes on", flush=True)
+    time.sleep(0.2)
+    signal.raise_signal(signal.SIGTERM)
+    print("never", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "goes on\n")
+
+
+def test_a_reader_that_ctrl_c_has_ended_too_costs_no_step() -> None:
+    """`train.py 2>&1 | tee log`"""
+    code = """
+import os, signal, sys
+from signals import StopFlag
+reader, writer = os.pipe()
+os.dup2(writer, 2)
+os.close(reader)
+with StopFlag() as stop:
+    signal.raise_signal(signal.SIGINT)
+    print("goes on", stop.requested)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "goes on True\n")

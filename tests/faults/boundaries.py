@@ -147,8 +147,8 @@ def kill_everywhere(folder: str, report: str, keep: int = 3, have: int = 3, sinc
 
 
 def refuse_everywhere(folder: str, report: str, every: int = 1) -> None:
-    """ENOSPC and EDQUOT at every operation that needs room, once or for good: an OSError, the old ones untouched, and
-    the next save works. `every`: at so many of them only."""
+    """ENOSPC and EDQUOT at every operation that needs room: once, and the oldest makes room; or for good, and it is an
+    OSError, the old ones untouched, and the next save works. `every`: at so many of them only."""
     bench = Bench(folder, range(2, 5), 3, 5)
     wanted = [line for line in bench.operations() if line.split()[0] in FULL]
     found: Findings = {"operations": wanted, "cases": 0, "failures": []}
@@ -161,7 +161,7 @@ def refuse_everywhere(folder: str, report: str, every: int = 1) -> None:
             found["cases"] += 1
             disk.fill(code, boundary, count)
             try:
-                _refused(bench, disk)
+                _refused(bench, disk, mended=count == 1)
             except AssertionError as error:
                 found["failures"].append(f"{errno.errorcode[code]} {count} {boundary} {wanted[boundary]}: {error}")
     Path(report).write_text(json.dumps(found), encoding="utf-8")
@@ -184,12 +184,13 @@ class Disk:
                 raise OSError(self.code, os.strerror(self.code), operation.path)
 
 
-def _refused(bench: Bench, disk: Disk) -> None:
+def _refused(bench: Bench, disk: Disk, *, mended: bool) -> None:
     refused = None
     try:
         bench.save()
     except OSError as error:
         refused = error.errno
+    assert refused is None or not mended, "the oldest did not make room"
     if refused is not None:
         assert refused == disk.code
         left = sorted(path.name for path in bench.root.iterdir())

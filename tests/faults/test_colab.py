@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -12,7 +14,9 @@ from typing import Any
 
 import pytest
 from fake_model_hub import TOKEN, FakeModelHub, Fault
-from lab import Lab, Result, lines, newest, tensors
+from lab import Lab, Result, Running, lines, newest, tensors
+
+from tracker import CUT_SHORT
 
 REPO = "hub.repo_id=someone/model"
 NOT_PUSHED = 6  # the exit code of a run whose newest checkpoint is not on the Hub
@@ -35,18 +39,18 @@ def session(lab: Lab, name: str, options: tuple[str, ...], fault: Any, last: int
     shutil.rmtree(lab[name], ignore_errors=True)
     running = lab.start(name, *options, faults=[fault], timeout=1200)
     pid = running.pids[0]
-    while os.path.exists(f"/proc/{pid}") and _steps(lab, name) < last:
+    while os.path.exists(f"/proc/{pid}") and _steps(running) < last:
         if "Z" in _state(pid):
             break
         time.sleep(0.02)
     else:
         os.kill(pid, signal.SIGKILL)
-    return running.wait(), _steps(lab, name)
+    return running.wait(), _steps(running)
 
 
-def _steps(lab: Lab, name: str) -> int:
-    path = lab[name] / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def _steps(running: Running) -> int:
+    """As the screen has them: the metrics hold those of sessions before, too."""
+    return len(set(re.findall(r"(?m)^step (\d+)/", running.out())))
 
 
 def _state(pid: int) -> str:
@@ -58,14 +62,14 @@ def _state(pid: int) -> str:
 
 
 def colab(lab: Lab, server: FakeModelHub, name: str, steps: int, mean: int, case: Any) -> None:
-    """Sessions of `mean` steps on the average; a checkpoint every 10, pushed as soon as the one before is up."""
+    """Sessions of `mean` steps on the average; a checkpoint every 5, pushed as soon as the one before is up."""
     options = (f"train.steps={steps}", "checkpoint.keep=2", "eval.every_steps=100000")
-    alone = lab.run(f"{name}-alone", *options, "checkpoint.every_steps=100000", timeout=1200)
+    alone = lab.run(f"{name}-alone", *options, "checkpoint.every_steps=100000", timeout=3600)
     assert alone.code == 0, alone
     draw, taken, deaths = random.Random(name), 0, 0
     while True:
         length = round(draw.uniform(0.5, 1.5) * mean)
-        result, done = session(lab, name, (*options, "checkpoint.every_steps=10", REPO), at(server, lab), length)
+        result, done = session(lab, name, (*options, "checkpoint.every_steps=5", REPO), at(server, lab), length)
         taken += done
         if result.code == 0:
             break
@@ -87,8 +91,22 @@ def test_one_death_and_an_empty_disk(lab: Lab, server: FakeModelHub, row: Callab
 @pytest.mark.slow
 def test_a_simulated_colab(lab: Lab, server: FakeModelHub, row: Callable[[str], Any]) -> None:
     with row("Colab") as case:
-        colab(lab, server, "colab", 4000, 800, case)  # were 10 steps its 5 minutes, a session would last 7 hours
+        colab(lab, server, "colab", 8800, 400, case)  # were 5 steps its 5 minutes, a session would last 7 hours
+        case.expect(case.figures["deaths"] >= 20, case.figures)
         case.check("" if case.figures["goodput"] >= GOODPUT else case.figures, "goodput")
+
+
+def test_the_hub_hears_of_what_is_made_up_for(lab: Lab, server: FakeModelHub, row: Callable[[str], Any]) -> None:
+    """An evaluation cut short after the last step, pushed without it: by an empty machine, where no step is left."""
+    fault = {"phase": "eval", "number": signal.SIGTERM, "step": 3}
+    options, name = ("train.steps=4", "train.micro_batch=1", REPO), "made-up-for"
+    with row("F9") as case:
+        for faults, code, key in (([("signal_in", fault)], 143, CUT_SHORT), ([], 0, "val_loss")):
+            shutil.rmtree(lab[name], ignore_errors=True)
+            result = lab.run(name, *options, faults=[*faults, at(server, lab)])
+            case.check("" if result.code == code else result, "exit code")
+            pushed = json.loads(server.repos["someone/model"].head.files["metrics.jsonl"].splitlines()[-1])
+            case.check("" if pushed["step"] == 4 and key in pushed else pushed, "on the Hub")
 
 
 @pytest.mark.slow

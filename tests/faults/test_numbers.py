@@ -124,6 +124,19 @@ def test_going_back_again_and_again_ends(lab: Lab, row: Callable[[str], Any]) ->
         case.check("" if "step_00000002" in checkpoints(lab["diverged"]) else checkpoints(lab["diverged"]), "kept")
 
 
+def test_a_full_disk_while_going_back_costs_no_exit_code(lab: Lab, row: Callable[[str], Any]) -> None:
+    """Neither the lines of the metrics, which are to go, nor the dump can be written."""
+    poison: Fault = ("poison", {"where": "gradient", "first": 3, "count": 1000})
+    root = str(lab["diverged-full"])
+    metrics: Fault = (
+        "disk", {"root": root, "code": "ENOSPC", "paths": r"metrics\.tmp", "kinds": ["rename"], "first": 1},
+    )  # fmt: skip
+    dump: Fault = ("disk", {"root": root, "code": "ENOSPC", "paths": r"diverged\.json"})
+    with row("F19") as case:
+        result = lab.run("diverged-full", "train.steps=40", faults=[poison, metrics, dump])
+        case.check("" if result.code == DIVERGED and "diverged.json could not" in result.out() else result, "exit code")
+
+
 # ---- memory
 
 MORE = [("forward", 4), ("forward", 2), ("backward", 2)]

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from lab import Lab, Result, checkpoints, differences, lines, losses, newest, same_end, torchrun
+from lab import Lab, Result, checkpoints, children, differences, lines, losses, newest, same_end, torchrun
+
+from tracker import RECORDS, SAMPLES, cut_short
 
 PHASES = (
     "step", "forward", "accumulation", "backward", "optimizer", "eval", "sample", "save", "data", "workers",
@@ -87,19 +89,22 @@ def test_a_signal_in_the_first_step(lab: Lab, row: Callable[[str], Any]) -> None
         case.check(stopped(lab, "signal-first", "forward", signal.SIGTERM, at=0))
 
 
-def test_an_evaluation_that_was_cut_short_is_made_up_for(lab: Lab, row: Callable[[str], Any]) -> None:
-    """In the middle of a run, and at its end, where nothing else is left to do."""
+def test_what_was_cut_short_is_made_up_for(lab: Lab, row: Callable[[str], Any]) -> None:
+    """Evaluation and samples, in the middle of a run, and at its end, where nothing else is left to do."""
     options = ("train.steps=4", "train.micro_batch=1", "eval.every_steps=2", "log.every_steps=3")
-    name, reference = "signal-eval-again", lab[lab.reference(*options)]
+    options += ("sample.every_steps=2",)
+    name, reference = "signal-made-up-for", lab[lab.reference(*options)]
     with row("F9") as case:
-        for done, code in ((2, 143), (4, 0)):
-            fault = {"phase": "eval", "number": signal.SIGTERM, "step": done - 1}
+        for phase, done, cut in (("eval", 2, [*RECORDS]), ("eval", 4, [*RECORDS]), ("sample", 4, [SAMPLES])):
+            fault = {"phase": phase, "number": signal.SIGTERM, "step": done - 1 if phase == "eval" else 0}
             result = lab.run(name, *options, faults=[("signal_in", fault)])
-            told = losses(lab[name], 4)
-            case.check("" if result.code == code and told[done]["val_loss"] is None else (result, told), done)
+            found = cut_short(lab[name], done)
+            case.check("" if result.code == 143 and found == cut else (result, found), (phase, done))
         result = lab.run(name, *options)
         case.check("" if result.code == 0 and losses(lab[name], 4) == losses(reference, 4) else result, "again")
         case.check(same_end(lab[name], reference), "the end")
+        mine, theirs = ((run / SAMPLES).read_text(encoding="utf-8") for run in (lab[name], reference))
+        case.check("" if mine == theirs else (mine, theirs), "samples")
         result = lab.run(name, *options)
         case.check("" if "nothing was changed" in result.out() else result, "finished")
 
@@ -174,16 +179,17 @@ def test_a_hundred_sigterms(lab: Lab, row: Callable[[str], Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_signal_to_torchrun(lab: Lab, row: Callable[[str], Any]) -> None:
-    """It passes SIGTERM on to both ranks and grants them 30 seconds."""
+    """It passes it on to both ranks and grants them 30 seconds; also where they had it, as Slurm sends it to all."""
     with row("F9") as case:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            name = f"torchrun-{number}"
+        for number, to_all in ((signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)):
+            name = f"torchrun-{number}-{to_all}"
             options = ("train.steps=2000", "checkpoint.every_steps=100000", "sample.every_steps=100000")
             with torchrun(lab, name, *options, "eval.every_steps=100000") as (process,):
                 deadline = time.monotonic() + 60
                 while len(lines(lab[name])) < AT and time.monotonic() < deadline:
                     time.sleep(0.05)
-                os.kill(process.pid, number)
+                for pid in (*(children(process.pid) if to_all else ()), process.pid):
+                    os.kill(pid, number)
                 began = time.monotonic()
                 process.communicate(timeout=60)
                 case.figures["torchrun's end, s"] = round(time.monotonic() - began, 1)
