@@ -286,13 +286,15 @@ def _parse_jsonl(data: bytes, text_field: str) -> tuple[list[str | None], int]:
 def _cut_long(lines: Iterable[str]) -> Iterator[str]:
     """Lines without end (a book in one line) in pieces of at most BLOCK_DOCUMENT_BYTES characters, cut at a space."""
     for line in lines:
+        start = 0  # slicing off what is done would copy the rest each time
         if len(line) > 8 * BLOCK_DOCUMENT_BYTES:
-            while len(line) > BLOCK_DOCUMENT_BYTES:
-                cut = line.rfind(" ", 1, BLOCK_DOCUMENT_BYTES) + 1 or BLOCK_DOCUMENT_BYTES
-                yield line[:cut]
+            while len(line) - start > BLOCK_DOCUMENT_BYTES:
+                stop = start + BLOCK_DOCUMENT_BYTES
+                cut = line.rfind(" ", start + 1, stop) + 1 or stop
+                yield line[start:cut]
                 yield ""  # a document may end here
-                line = line[cut:]
-        yield line
+                start = cut
+        yield line[start:]
 
 
 def _pack_blocks(text: str) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """feeder.py: the same batches from any number of processes, through kills, hangs and resumes."""
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import os
@@ -244,6 +245,25 @@ def test_a_tokenising_process_takes_one_thread(encoder, monkeypatch, alone):
         code = "import os; os.environ['TOKENIZERS_PARALLELISM'] = 'true'\n" + COUNT
         started = [int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)]
     assert (started[0] == 0) == alone
+
+
+class Settings:
+    """Token 7 for a text where tokenizers and fastokens may take one thread, 8 where more."""
+
+    eos = 0
+
+    def __call__(self, texts):
+        one = os.environ["TOKENIZERS_PARALLELISM"] == "false" and os.environ["RAYON_NUM_THREADS"] == "1"
+        return [np.array([7 if one else 8])] * len(texts)
+
+
+def test_a_feeding_process_takes_one_thread(feed, monkeypatch):
+    """Its cores are those of the training beside it."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    with contextlib.closing(
+        Feeder(dataclasses.replace(feed(), encoder=Settings()), 1, lambda batch: batch, print)
+    ) as batches:
+        assert set(np.unique(next(batches).tokens).tolist()) == {0, 7}
 
 
 COUNT = """
