@@ -356,6 +356,8 @@ def test_links_are_followed_and_every_folder_is_read_once(tmp_path):
     found = resolve(there)
     assert sorted(texts(found)) == ["outside/deep/w.txt", "outside/z.txt", "there/real/x.txt", "there/y.txt"]
     assert [unit.origin for unit in found.units] == ["link/deep/w.txt", "link/z.txt", "real/x.txt", "y.txt"]
+    assert resolve(there / "**" / "*.txt").units == found.units
+    assert texts(resolve(there / "**" / "deep" / "*")) == ["outside/deep/w.txt"]
     (there / "lost.txt").symlink_to("nowhere")
     for path in (there, there / "*.txt"):  # left out, the corpus would be another one without a word
         with pytest.raises(UserError, match=r"lost\.txt is a link to what is not there"):
