@@ -457,7 +457,10 @@ class _Rows:
         """Stop at an epoch without a document, and where too many cannot be read; a few say nothing yet."""
         tally, most = self.tally, self.feed.max_skipped
         if not found:
-            raise UserError(f"data.sources: no training document in the whole epoch ({tally.skipped} were unreadable)")
+            raise UserError(
+                f"data.sources: no training document in the whole epoch ({tally.skipped} were unreadable, all others "
+                f"blank or held out by data.val_fraction) of {', '.join(self.stream.names)}"
+            )
         if (whole or tally.documents >= ENOUGH_DOCUMENTS) and tally.skipped > most * tally.documents:
             raise UserError(
                 f"data.sources: {tally.skipped} of {tally.documents} documents are unreadable, more than "

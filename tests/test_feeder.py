@@ -375,7 +375,7 @@ def test_a_users_mistake_is_one_line(tmp_path, feed, fed, workers):
     batches, _ = fed(Feed(**{**feed().__dict__, "manifest": manifest}), workers)
     with pytest.raises(UserError) as caught:
         next(batches)
-    assert "no training document in the whole epoch (1 were unreadable)" in str(caught.value)
+    assert "no training document in the whole epoch (1 were unreadable" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
