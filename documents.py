@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, Literal, NamedTuple
@@ -127,6 +128,8 @@ def _read(unit: Unit) -> Documents:
         texts, skipped = _read_column(unit)
     else:
         with open(unit.path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < unit.size:  # or its text would be missed without a word
+                raise ValueError("it has become shorter since it was listed")
             data = file.read() if unit.kind == "file" else _read_range(file, unit)
         if unit.kind == "jsonl":
             texts, skipped = _parse_jsonl(data, unit.text_field)
