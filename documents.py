@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, Literal, NamedTuple
@@ -127,6 +128,8 @@ def _read(unit: Unit) -> Documents:
         texts, skipped = _read_column(unit)
     else:
         with open(unit.path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < unit.size:  # or its text would be missed without a word
+                raise ValueError("it has become shorter since it was listed")
             data = file.read() if unit.kind == "file" else _read_range(file, unit)
         if unit.kind == "jsonl":
             texts, skipped = _parse_jsonl(data, unit.text_field)
@@ -286,13 +289,15 @@ def _parse_jsonl(data: bytes, text_field: str) -> tuple[list[str | None], int]:
 def _cut_long(lines: Iterable[str]) -> Iterator[str]:
     """Lines without end (a book in one line) in pieces of at most BLOCK_DOCUMENT_BYTES characters, cut at a space."""
     for line in lines:
+        start = 0  # slicing off what is done would copy the rest each time
         if len(line) > 8 * BLOCK_DOCUMENT_BYTES:
-            while len(line) > BLOCK_DOCUMENT_BYTES:
-                cut = line.rfind(" ", 1, BLOCK_DOCUMENT_BYTES) + 1 or BLOCK_DOCUMENT_BYTES
-                yield line[:cut]
+            while len(line) - start > BLOCK_DOCUMENT_BYTES:
+                stop = start + BLOCK_DOCUMENT_BYTES
+                cut = line.rfind(" ", start + 1, stop) + 1 or stop
+                yield line[start:cut]
                 yield ""  # a document may end here
-                line = line[cut:]
-        yield line
+                start = cut
+        yield line[start:]
 
 
 def _pack_blocks(text: str) -> Iterator[str]:

@@ -24,7 +24,7 @@ SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKI
 
 
 def tokenise_alone() -> None:
-    """Tokenizers of this process take one thread: others tokenise beside it, and threads would fight for the cores."""
+    """Tokenizers of this process take one thread: training, or others that tokenise, run beside it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"  # fastokens
 

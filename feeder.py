@@ -173,6 +173,7 @@ class _Lost(Exception):
 
 def _feed(sender: Any, beats: Any, feed: Feed, workers: int, stall_sec: float) -> None:
     _begin_child()
+    environment.tokenise_alone()
     armed = 0.0
 
     def beat() -> None:

@@ -18,7 +18,6 @@ import os
 import re
 import secrets
 import shutil
-import threading
 import time
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -47,8 +46,6 @@ SPARE_BYTES = 1 << 30  # of a disk, left free by the cache: checkpoints need it 
 LEFT_BEHIND_SEC = 4 * 3600.0  # a temporary file that nobody wrote to for as long is of a process that was killed
 _FILE_NAME = re.compile(r"unit-(\d{8,18})\.safetensors")
 _CHECKED = ConfigDict(extra="forbid")
-
-_TELLING = threading.Lock()
 
 log = logging.getLogger(__name__)
 
@@ -381,7 +378,7 @@ class Cache:
             log.warning("data.cache: %s; it is made again", str(error).removeprefix("data.sources: "))
             return None
 
-    def put(self, number: int, unit: Unit, documents: Documents, ids: Sequence[np.ndarray | None]) -> Documents:
+    def put(self, number: int, unit: Unit, documents: Documents, ids: Sequence[np.ndarray | None]) -> None:
         """Keep them, if there is room; from several processes at once they are the same bytes."""
         packed = pack(documents, ids)
         data = to_bytes(
@@ -392,8 +389,6 @@ class Cache:
                 raise OSError(errno.ENOSPC, f"less than {SPARE_BYTES >> 30} GiB of space left", str(self.folder))
             write_file(self.folder / file_name(number), data)
         except OSError as error:  # no reason to stop: it is a cache
-            with _TELLING:  # the threads that read units come here together
-                if not self.told:
-                    log.warning("data.cache: %s: %s; training goes on without", error.filename, error.strerror)
-                self.told = True
-        return packed
+            if not self.told:
+                log.warning("data.cache: %s: %s; training goes on without", error.filename, error.strerror)
+            self.told = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import fnmatch
 import glob
 import gzip
 import hashlib
@@ -107,10 +108,7 @@ def _local_files(path: str) -> list[Path] | None:
         place = Path(os.path.abspath(place))  # keeps links: in the Hub's cache only the link has a suffix
         if place.is_file() and _suffix(place) not in SUFFIXES:
             raise UserError(f"data.sources: {path!r}: expected one of {_ALLOWED}")
-        if place.is_dir():
-            found = list(_files_below(place))
-        else:
-            found = [place] if place.is_file() else [Path(name) for name in glob.glob(str(place), recursive=True)]
+        found = list(_files_below(place) if place.is_dir() else [place] if place.is_file() else _matches(place))
         files = [file for file in found if _suffix(file) in SUFFIXES and not file.is_dir()]
         if lost := [file for file in files if file.is_symlink() and not file.exists()]:
             raise UserError(f"data.sources: {lost[0]} is a link to what is not there")
@@ -127,6 +125,25 @@ def _local_files(path: str) -> list[Path] | None:
     near = near or next(iter(difflib.get_close_matches(path, NAMED_SOURCES, n=1)), None)
     hint = f"; did you mean {near!r}?" if near else "; a Hub dataset is named owner/name"
     raise UserError(f"data.sources: {path!r}: no such file, folder or glob match{hint}")
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    """What a glob names; below `**` as `_files_below` finds it, since links may lead in circles."""
+    first = pattern.parts.index("**") if "**" in pattern.parts else len(pattern.parts)
+    for top in map(Path, glob.glob(str(Path(*pattern.parts[:first])))):
+        if first == len(pattern.parts):
+            yield top
+        else:
+            files = _files_below(top)
+            yield from (file for file in files if _fits(file.relative_to(top).parts, pattern.parts[first:]))
+
+
+def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_fits(parts[start:], pattern[1:]) for start in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatch(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

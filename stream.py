@@ -242,6 +242,16 @@ class _Window:
     items: list[Any]
     units: np.ndarray
     rows: np.ndarray
+    order: np.ndarray  # of each document: its number among all of the window, held-out ones too
+    read: list[_Read]  # all units, if the cache wants one
+
+
+class _Read(NamedTuple):
+    """A unit that was read."""
+
+    unit: int  # index in the stream's units
+    documents: Documents
+    new: bool  # the cache wants it
 
 
 @dataclass
@@ -329,22 +339,50 @@ class _Rows:
             size = CHUNK_DOCUMENTS[self.feed.packing]
             first = self.place.chunk
             for window in self._windows():
-                for chunk in range(first, -(-len(window.items) // size)):
+                chunks = range(first, -(-len(window.items) // size))
+                for chunk in chunks:
                     ahead.append((Place(window.epoch, window.number, chunk), window, chunk * size))
                     yield [item for item in window.items[chunk * size : (chunk + 1) * size] if isinstance(item, str)]
+                if not chunks:
+                    self._keep(window)
                 first = 0
 
         size = CHUNK_DOCUMENTS[self.feed.packing]
         for encoded in self.encode(texts()):
             place, window, first = ahead.popleft()
-            part = slice(first, first + size)
-            yield self._chunk(place, window.items[part], window.units[part], window.rows[part], iter(encoded))
+            part, made = slice(first, first + size), iter(encoded)
+            found = [next(made) if isinstance(item, str) else item for item in window.items[part]]
+            if window.read:
+                window.items[part] = found
+                if first + size >= len(window.items):
+                    self._keep(window)
+            yield self._chunk(place, found, window.units[part], window.rows[part])
 
-    def _chunk(
-        self, place: Place, items: list[Any], units: np.ndarray, rows: np.ndarray, encoded: Iterator[Ids | None]
-    ) -> Chunk:
+    def _keep(self, window: _Window) -> None:
+        """Write a window's new units to the cache, of the ids that training took; what it did not take is encoded."""
+        items = [item for read in window.read for item in read.documents.items]
+        for number, item in zip(window.order.tolist(), window.items, strict=True):
+            items[number] = item
+        left = [number for number, item in enumerate(items) if isinstance(item, str)]
+        size = CHUNK_DOCUMENTS["concat"]
+        chunks = ([items[number] for number in left[start : start + size]] for start in range(0, len(left), size))
+        for number, ids in zip(left, self._each(chunks), strict=True):
+            items[number] = ids
+        start = 0
+        for unit, documents, new in window.read:
+            stop = start + len(documents.items)
+            if new and self.feed.cache is not None:
+                self.feed.cache.put(self.base + unit, self.stream.units[unit], documents, items[start:stop])
+                remote.beat()
+            start = stop
+
+    def _each(self, chunks: Iterator[Sequence[str]]) -> Iterator[Ids | None]:
+        for encoded in self.encode(chunks):
+            remote.beat()
+            yield from encoded
+
+    def _chunk(self, place: Place, found: list[Ids | None], units: np.ndarray, rows: np.ndarray) -> Chunk:
         remote.beat()
-        found = [next(encoded) if isinstance(item, str) else item for item in items]
         good = [number for number, ids in enumerate(found) if ids is not None and len(ids)]
         self.tally.skipped += len(found) - len(good)
         documents: list[Ids] = [found[number] for number in good]  # type: ignore[misc]
@@ -361,7 +399,7 @@ class _Rows:
         units, size = self.stream.units, self.feed.shuffle_window
         num_windows = -(-len(units) // size)
         pool = ThreadPoolExecutor(READERS)  # round trips to the Hub overlap
-        reading: deque[tuple[int, int, list[tuple[int, Future[Documents]]]]] = deque()
+        reading: deque[tuple[int, int, list[Future[_Read]]]] = deque()
 
         def schedule() -> Iterator[tuple[int, int]]:
             first = self.place.window
@@ -375,11 +413,11 @@ class _Rows:
             while True:
                 for epoch, number in islice(coming, 2 - len(reading)):
                     order = permutation(len(units), self.seed, epoch)[number * size : (number + 1) * size].tolist()
-                    reading.append((epoch, number, [(unit, pool.submit(self._read, unit)) for unit in order]))
+                    reading.append((epoch, number, [pool.submit(self._read, unit) for unit in order]))
                 if not reading:
                     return
                 epoch, number, futures = reading.popleft()
-                window = self._window(epoch, number, [(unit, future.result()) for unit, future in futures])
+                window = self._window(epoch, number, [future.result() for future in futures])
                 found |= bool(window.items)
                 if number == num_windows - 1:
                     self._check(found, whole=True)
@@ -391,40 +429,38 @@ class _Rows:
     def _epochs_left(self) -> range:
         return range(self.place.epoch, self.stream.epochs or 0)
 
-    def _read(self, unit: int) -> Documents:
-        cache, wanted = self.feed.cache, self.stream.units[unit]
-        found = None if cache is None or wanted.kind == "tokens" else cache.get(self.base + unit, wanted)
-        if found is None:
-            found = read_unit(wanted)
-            remote.beat()  # a row group of a million documents takes its time
-            if cache is not None and wanted.kind != "tokens":
-                found = cache.put(self.base + unit, wanted, found, self._encoded(found.items))
-        return found
+    def _read(self, unit: int) -> _Read:
+        wanted = self.stream.units[unit]
+        cache = None if wanted.kind == "tokens" else self.feed.cache
+        found = None if cache is None else cache.get(self.base + unit, wanted)
+        if found is not None:
+            return _Read(unit, found, False)
+        found = read_unit(wanted)
+        remote.beat()  # a row group of a million documents takes its time
+        return _Read(unit, found, cache is not None)
 
-    def _encoded(self, texts: list[str]) -> list[Ids | None]:
-        ids: list[Ids | None] = []
-        for start in range(0, len(texts), CHUNK_DOCUMENTS["concat"]):
-            ids += self.feed.encoder(texts[start : start + CHUNK_DOCUMENTS["concat"]])
-            remote.beat()
-        return ids
-
-    def _window(self, epoch: int, number: int, read: list[tuple[int, Documents]]) -> _Window:
-        items = [item for _, documents in read for item in documents.items]
-        units = np.repeat([unit for unit, _ in read], [len(documents.items) for _, documents in read])
-        hashes, rows = (np.concatenate([getattr(docs, name) for _, docs in read]) for name in ("hashes", "rows"))
-        skipped = sum(documents.skipped for _, documents in read)
+    def _window(self, epoch: int, number: int, read: list[_Read]) -> _Window:
+        parts = [found.documents for found in read]
+        items = [item for documents in parts for item in documents.items]
+        units = np.repeat([found.unit for found in read], [len(documents.items) for documents in parts])
+        hashes, rows = (np.concatenate([getattr(part, name) for part in parts]) for name in ("hashes", "rows"))
+        skipped = sum(documents.skipped for documents in parts)
         self.tally.documents += len(items) + skipped
         self.tally.skipped += skipped
         self._check(True, whole=False)
         kept = np.flatnonzero(hashes >= np.uint64(self.feed.threshold))
         order = kept[permutation(len(kept), self.seed, epoch, number)]
-        return _Window(epoch, number, [items[i] for i in order.tolist()], units[order], rows[order])
+        wanted = read if any(found.new for found in read) else []
+        return _Window(epoch, number, [items[i] for i in order.tolist()], units[order], rows[order], order, wanted)
 
     def _check(self, found: bool, *, whole: bool) -> None:
         """Stop at an epoch without a document, and where too many cannot be read; a few say nothing yet."""
         tally, most = self.tally, self.feed.max_skipped
         if not found:
-            raise UserError(f"data.sources: no training document in the whole epoch ({tally.skipped} were unreadable)")
+            raise UserError(
+                f"data.sources: no training document in the whole epoch ({tally.skipped} were unreadable, all others "
+                f"blank or held out by data.val_fraction) of {', '.join(self.stream.names)}"
+            )
         if (whole or tally.documents >= ENOUGH_DOCUMENTS) and tally.skipped > most * tally.documents:
             raise UserError(
                 f"data.sources: {tally.skipped} of {tally.documents} documents are unreadable, more than "

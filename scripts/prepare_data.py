@@ -5,13 +5,14 @@
 
 Training on the shards sees the same rows as training on the sources. Started again after any end, it goes on and comes
 to the same bytes; on a finished folder it checks every shard. Sources with weights keep them and their epochs, and
-cannot be cut short by --tokens; a folder of sources without takes the weight and epochs that training gives it.
+share --tokens by their weights; a folder of sources without takes the weight and epochs that training gives it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import multiprocessing
 import os
 import shlex
@@ -20,7 +21,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
@@ -35,7 +36,7 @@ import shards
 import sources
 import tokenizer as tokenizers
 from config import UserError
-from documents import Documents, Unit, read_unit
+from documents import Documents, Stream, Unit, read_unit
 from options import Parser
 from remote import one_line
 from text import clean, report
@@ -173,8 +174,6 @@ def prepare(given: argparse.Namespace) -> None:
     units = mine.manifest.units
     if any(unit.kind == "tokens" for unit in units):
         raise UserError("data.sources: these are token shards already")
-    if given.tokens and len(mine.manifest.streams) > 1:
-        raise UserError("--tokens: sources with weights are not cut short, the first would take all; leave it out")
     index = shards.Index.of(mine.manifest, mine.tokenizer, mine.fingerprint, complete=False)
     if known is not None and (known.identities, _weights(known)) != (index.identities, _weights(index)):
         raise UserError(f"--out {out}: holds shards of other sources, or with other weights; choose another folder")
@@ -216,8 +215,8 @@ def write(out: Path, mine: Dataset, given: argparse.Namespace, index: shards.Ind
     jobs = [Job(str(out), number, unit, described) for number, unit in enumerate(units)]
     total = run(jobs, mine, given)
     shards.Index.of(mine.manifest, mine.tokenizer, mine.fingerprint, complete=total.units == len(units)).write(out)
-    for extra in sorted(out.glob("unit-*.safetensors"))[total.units :]:  # made ahead of the end that --tokens set
-        extra.unlink()
+    for extra in {path.name for path in out.glob("unit-*.safetensors")} - total.names:
+        (out / extra).unlink()  # made ahead of the end that --tokens set
     print(total.describe(out))
     print(f"next: python train.py {shlex.join(for_training(given, out))}")
 
@@ -264,9 +263,11 @@ class Total:
     def __init__(self) -> None:
         self.units = self.documents = self.tokens = self.text_bytes = self.shard_bytes = 0
         self.skipped = self.refused = self.old = 0
+        self.names: set[str] = set()
 
-    def add(self, counts: Counts) -> None:
+    def add(self, job: Job, counts: Counts) -> None:
         self.units += 1
+        self.names.add(shards.file_name(job.number))
         for name in Counts._fields:
             setattr(self, name, getattr(self, name) + getattr(counts, name))
 
@@ -278,34 +279,61 @@ class Total:
         )
 
 
+def parts(jobs: list[Job], streams: Sequence[Stream], tokens: int | None) -> Iterator[tuple[list[Job], float]]:
+    """The jobs of each stream and how many tokens they have to come to; all jobs in one go without --tokens."""
+    if tokens is None:
+        yield jobs, math.inf
+        return
+    first, weights = 0, sum(stream.weight for stream in streams)
+    for stream in streams:
+        yield jobs[first : first + len(stream.units)], tokens * stream.weight / weights
+        first += len(stream.units)
+
+
 def run(jobs: list[Job], mine: Dataset, given: argparse.Namespace) -> Total:
     """Make the shards up to `--tokens`, with a line of progress."""
-    total, start, told = Total(), time.monotonic(), 0.0
-    terminal = sys.stderr.isatty()
-    new_tokens, known = 0, 0.0  # the share that was there took no tokenising
-    with contextlib.closing(made(jobs, mine.encoder, min(given.workers, len(jobs)))) as counts:
-        for found in counts:
-            total.add(found)
-            spent = time.monotonic() - start
-            share = max(total.units / len(jobs), total.tokens / given.tokens if given.tokens else 0)
-            if found.old:
-                known = share
-            new_tokens += 0 if found.old else found.tokens
-            if spent - told >= (0.2 if terminal else 30):
-                told = spent
-                left = duration(max(0.0, 1 - share) * spent / (share - known)) if share > known else "?"
-                line = (
-                    f"{total.units:,} of {len(jobs):,} units, {total.tokens:,} tokens, "
-                    f"{new_tokens / spent:,.0f} tokens/s, {left} left"
-                )
-                print(
-                    f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True
-                )
-            if given.tokens and total.tokens >= given.tokens:
-                break
-    if terminal:
-        print("\r\x1b[K", end="", file=sys.stderr)
+    total, progress = Total(), Progress(len(jobs), given.tokens)
+    for part, wanted in parts(jobs, mine.manifest.streams, given.tokens):
+        wanted += total.tokens
+        with contextlib.closing(made(part, mine.encoder, min(given.workers, len(part)))) as counts:
+            for job, found in zip(part, counts, strict=False):
+                total.add(job, found)
+                progress.show(total, found)
+                if total.tokens >= wanted:
+                    break
+    progress.end()
     return total
+
+
+class Progress:
+    """A line on standard error: what is done, how fast, and for how long it will go on."""
+
+    def __init__(self, units: int, tokens: int | None):
+        self.units, self.tokens = units, tokens
+        self.start, self.told, self.terminal = time.monotonic(), 0.0, sys.stderr.isatty()
+        self.new_tokens, self.known = 0, 0.0  # the share that was there took no tokenising
+
+    def show(self, total: Total, found: Counts) -> None:
+        spent = time.monotonic() - self.start
+        share = max(total.units / self.units, total.tokens / self.tokens if self.tokens else 0)
+        if found.old:
+            self.known = share
+        self.new_tokens += 0 if found.old else found.tokens
+        if spent - self.told < (0.2 if self.terminal else 30):
+            return
+        self.told = spent
+        left = duration(max(0.0, 1 - share) * spent / (share - self.known)) if share > self.known else "?"
+        line = (
+            f"{total.units:,} of {self.units:,} units, {total.tokens:,} tokens, "
+            f"{self.new_tokens / spent:,.0f} tokens/s, {left} left"
+        )
+        print(
+            f"\r{line}\x1b[K" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True
+        )
+
+    def end(self) -> None:
+        if self.terminal:
+            print("\r\x1b[K", end="", file=sys.stderr)
 
 
 def _number(text: str) -> int:
@@ -318,7 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="PATH|NAME", help="as for train.py")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shards: new, or one to go on with")
-    parser.add_argument("--tokens", type=_number, metavar="N", help="stop after the unit that reaches N tokens")
+    parser.add_argument("--tokens", type=_number, metavar="N", help="end with the unit that reaches N tokens")
     parser.add_argument("--workers", type=_number, default=1, metavar="N", help="processes that tokenise (1)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change keys of the configuration")
     try:

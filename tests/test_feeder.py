@@ -1,6 +1,7 @@
 """feeder.py: the same batches from any number of processes, through kills, hangs and resumes."""
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import os
@@ -246,6 +247,25 @@ def test_a_tokenising_process_takes_one_thread(encoder, monkeypatch, alone):
     assert (started[0] == 0) == alone
 
 
+class Settings:
+    """Token 7 for a text where tokenizers and fastokens may take one thread, 8 where more."""
+
+    eos = 0
+
+    def __call__(self, texts):
+        one = os.environ["TOKENIZERS_PARALLELISM"] == "false" and os.environ["RAYON_NUM_THREADS"] == "1"
+        return [np.array([7 if one else 8])] * len(texts)
+
+
+def test_a_feeding_process_takes_one_thread(feed, monkeypatch):
+    """Its cores are those of the training beside it."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    with contextlib.closing(
+        Feeder(dataclasses.replace(feed(), encoder=Settings()), 1, lambda batch: batch, print)
+    ) as batches:
+        assert set(np.unique(next(batches).tokens).tolist()) == {0, 7}
+
+
 COUNT = """
 from pathlib import Path
 from tokenizers import Tokenizer, models
@@ -365,7 +385,7 @@ def test_a_users_mistake_is_one_line(tmp_path, feed, fed, workers):
     batches, _ = fed(Feed(**{**feed().__dict__, "manifest": manifest}), workers)
     with pytest.raises(UserError) as caught:
         next(batches)
-    assert "no training document in the whole epoch (1 were unreadable)" in str(caught.value)
+    assert "no training document in the whole epoch (1 were unreadable" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -18,6 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import shards
+import sources
+from config import SourceConfig
+from documents import read_unit
 from remote import Unreachable
 
 ROOT = Path(shards.__file__).parent
@@ -230,6 +233,27 @@ def test_a_number_of_tokens_ends_it_at_the_same_unit(corpus, tmp_path, whole, wo
     assert prepare_data.main(arguments(corpus, out)) == 0 and contents(out) == whole
 
 
+def test_sources_share_a_number_of_tokens_by_their_weights(corpus, tmp_path, capsys):
+    """As training would take them; one that has less gives all it has. Going on for more comes to the same bytes."""
+    for name, rows in (("a", 200), ("b", 100)):
+        pq.write_table(pq.read_table(corpus).slice(rows, rows), tmp_path / f"{name}.parquet", row_group_size=10)
+    (tmp_path / "few.jsonl").write_text('{"text": "one of few"}\n' * 3)
+    weights = {"a.parquet": 3, "b.parquet": 1, "few.jsonl": 1}
+    listed = ", ".join(f"{{path: {tmp_path / name}, weight: {weight}}}" for name, weight in weights.items())
+
+    def made(out, *more):
+        assert prepare_data.main(arguments(corpus, out, f"data.sources=[{listed}]", *more)) == 0
+        return contents(out)
+
+    found = made(tmp_path / "some", "--tokens", "25_000")
+    opened = sources.resolve([SourceConfig(path=str(tmp_path / "some"))])
+    for stream, share in zip(opened.streams[:2], (15_000, 5_000), strict=True):
+        taken = [sum(len(ids) + 1 for ids in read_unit(unit).items) for unit in stream.units]
+        assert sum(taken[:-1]) < share <= sum(taken)
+    assert len(opened.streams[2].units) == 1 and not json.loads(found["index.json"])["complete"]
+    assert made(tmp_path / "some") == made(tmp_path / "all")
+
+
 def test_nobody_else_writes_meanwhile(few, tmp_path, capsys, monkeypatch):
     """Each would remove the other's temporary files."""
     pytest.importorskip("fcntl")
@@ -264,14 +288,12 @@ def test_mistakes_are_one_line(corpus, tmp_path, capsys, whole):
         (done / name).write_bytes(data)
     other = tmp_path / "b.jsonl"
     other.write_text('{"text": "other"}\n' * 3)
-    weighted = f"data.sources=[{{path: {corpus}, weight: 1}}, {{path: {other}, weight: 1}}]"
     missing = ["data.sources=nobody/nothing", f"data.fallback={corpus}", "data.tokenizer=bytes"]
     cases = [
         (arguments(corpus, tmp_path / "full"), "exists and is no folder of token shards"),
         (arguments(other, shards_folder), "holds shards of other sources"),
         (arguments(corpus, shards_folder, "data.tokenizer=chars"), "holds shards of another tokenizer"),
         (arguments(corpus, done, "--tokens", "1"), "is complete; leave out --tokens"),
-        (arguments(corpus, tmp_path / "x", "--tokens", "1", weighted), "sources with weights are not cut short"),
         (arguments(shards_folder, tmp_path / "again"), "token shards have no text|these are token shards already"),
         (arguments(corpus, tmp_path / "x", "--tokens", "many"), "'many' is not a number from 1 on"),
         (arguments(corpus.parent, corpus.parent / "x"), "lies in data.sources = "),

@@ -65,10 +65,14 @@ def prepare(folder, manifest, tok, *, complete=True, units=None):
     return folder
 
 
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("unit-*")}
+
+
 def feed(manifest, encoder, **changes):
     settings = {"seq_len": 24, "extra": 2, "rows": 4, "seed": 1, "cursor": Cursor(), "shuffle_window": 3}
-    threshold = data.split_threshold(manifest, 0.1)
-    return Feed(manifest=manifest, encoder=encoder, threshold=threshold, **settings | changes)
+    settings["threshold"] = data.split_threshold(manifest, 0.1)
+    return Feed(manifest=manifest, encoder=encoder, **settings | changes)
 
 
 def rows_of(manifest, encoder, count=60, **changes):
@@ -441,18 +445,44 @@ def test_the_cache_fills_while_streaming_and_is_read_afterwards(tmp_path, texts,
     assert np.array_equal(rows_of(as_source, encoder)[0], plain[0])
 
 
-def test_filling_the_cache_shows_that_it_is_alive(tmp_path, texts, encoder, tok, monkeypatch):
-    """A unit may be a million documents, and nothing is taken from it before all of them are tokenised."""
-    told, calls = [], []
-    monkeypatch.setattr(stream.remote, "beat", lambda: told.append(1))
-    monkeypatch.setattr(stream, "CHUNK_DOCUMENTS", {"concat": 4, "best_fit": 4})
+def test_the_cache_takes_the_ids_that_training_has_made(tmp_path, texts, encoder, tok, monkeypatch):
+    """Wherever they are made, each once. First rows wait for no others, the rest of a window comes at its end."""
+    made, told = [], []
     real = tokenizer.Encoder.__call__
-    monkeypatch.setattr(
-        tokenizer.Encoder, "__call__", lambda self, items: calls.append(len(items)) or real(self, items)
-    )
-    streamed = texts("a")
-    rows_of(streamed, encoder, 1, cache=Cache(tmp_path / "cache", streamed, tok, tokenizer.fingerprint(tok)))
-    assert max(calls) == 4 and len(told) >= 15  # three units of 20 documents, four at a time
+    monkeypatch.setattr(stream, "CHUNK_DOCUMENTS", {"concat": 4, "best_fit": 4})
+    monkeypatch.setattr(stream.remote, "beat", lambda: told.append(1))
+    monkeypatch.setattr(tokenizer.Encoder, "__call__", lambda self, items: pytest.fail("in the feeding process"))
+
+    def elsewhere(chunks):
+        return (made.append(chunk) or real(encoder, chunk) for chunk in chunks)
+
+    streamed = texts("a", epochs=1)
+    cache = Cache(tmp_path / "cache", streamed, tok, tokenizer.fingerprint(tok))
+    batches = feed(streamed, encoder, cache=cache, threshold=1 << 62, rows=1).batches(elsewhere)
+    cursors = [next(batches).cursor]
+    assert sum(map(len, made)) < 20 and not list(cache.folder.glob("unit-*"))
+    cursors += [batch.cursor for batch in batches]
+    documents = [text for unit in streamed.units for text in read_unit(unit).items]
+    assert sorted(text for chunk in made for text in chunk) == sorted(documents)
+    assert max(map(len, made)) == 4 and len(told) > len(made)  # alive, if a unit is of a million documents
+    monkeypatch.undo()
+    wanted = contents(prepare(tmp_path / "whole", streamed, tok))
+    assert contents(cache.folder) == wanted
+    middle = next(cursor for cursor in cursors if cursor.places[0].window == 1 and cursor.places[0].chunk > 3)
+    cache = Cache(tmp_path / "resumed", streamed, tok, tokenizer.fingerprint(tok))
+    assert list(feed(streamed, encoder, cache=cache, threshold=1 << 62, rows=1, cursor=middle).batches())
+    kept = contents(cache.folder)
+    assert len(kept) == len(wanted) - 3 and kept.items() <= wanted.items()  # without the first window's
+
+
+def test_a_window_of_held_out_documents_is_kept_too(tmp_path, texts, encoder, tok):
+    pq.write_table(pa.table({"text": TEXTS[:6]}), tmp_path / "few.parquet", row_group_size=1)
+    streamed = sources.resolve([SourceConfig(path=str(tmp_path / "few.parquet"), epochs=1)])
+    hashes = sorted(int(read_unit(unit).hashes[0]) for unit in streamed.units)
+    cache = Cache(tmp_path / "cache", streamed, tok, tokenizer.fingerprint(tok))
+    some = {"threshold": hashes[3], "shuffle_window": 1, "seq_len": 2, "extra": 1, "rows": 1}
+    assert list(feed(streamed, encoder, cache=cache, **some).batches())
+    assert contents(cache.folder) == contents(prepare(tmp_path / "whole", streamed, tok))
 
 
 def test_a_resume_into_the_cache_is_exact(tmp_path, texts, encoder, tok):
@@ -500,7 +530,6 @@ def test_a_full_disk_is_no_reason_to_stop(tmp_path, texts, encoder, tok, monkeyp
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=shards.SPARE_BYTES))
-    # A folder of its own: threads that read ahead for the feed above may write to the other one still.
     cache = Cache(tmp_path / "little left", streamed, tok, tokenizer.fingerprint(tok))
     assert np.array_equal(rows_of(streamed, encoder, cache=cache)[0], plain[0])
     assert not list(cache.folder.glob("unit-*"))  # what is left is for checkpoints

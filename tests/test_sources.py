@@ -298,6 +298,17 @@ def test_jsonl_skips_and_counts_what_it_cannot_read(tmp_path):
     assert texts(manifest) == ["first", "läst"] and skipped(manifest) == 6
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "b.txt"])
+def test_a_file_that_becomes_shorter_meanwhile_is_an_error(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(documents, "UNIT_BYTES", 1000)
+    for path in {tmp_path / "a.txt", tmp_path / name}:  # two .txt are documents
+        path.write_text('{"text": "some words"}\n' * 100)
+    last = resolve(tmp_path if name == "b.txt" else tmp_path / name).units[-1]
+    os.truncate(tmp_path / name, 500)
+    with pytest.raises(UserError, match=f"{name} cannot be read: it has become shorter"):
+        documents.read_unit(last)
+
+
 def test_txt_alone_is_blocks_packed_to_documents(tmp_path):
     blocks = [f"block {i}\r\nof {'words ' * 50}" for i in range(200)]
     data = b"\xef\xbb\xbf" + "\r\n \r\n".join(blocks).encode() + b"\r\n\r\n\r\nbad \xff byte\n\n\n"
@@ -356,6 +367,8 @@ def test_links_are_followed_and_every_folder_is_read_once(tmp_path):
     found = resolve(there)
     assert sorted(texts(found)) == ["outside/deep/w.txt", "outside/z.txt", "there/real/x.txt", "there/y.txt"]
     assert [unit.origin for unit in found.units] == ["link/deep/w.txt", "link/z.txt", "real/x.txt", "y.txt"]
+    assert resolve(there / "**" / "*.txt").units == found.units
+    assert texts(resolve(there / "**" / "deep" / "*")) == ["outside/deep/w.txt"]
     (there / "lost.txt").symlink_to("nowhere")
     for path in (there, there / "*.txt"):  # left out, the corpus would be another one without a word
         with pytest.raises(UserError, match=r"lost\.txt is a link to what is not there"):

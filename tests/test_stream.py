@@ -326,8 +326,17 @@ def test_skipped_documents_are_counted(tmp_path, feed):
 def test_an_epoch_without_documents_is_an_error_not_a_loop(tmp_path, feed):
     (tmp_path / "a.jsonl").write_text("{broken\n")
     manifest = sources.resolve([SourceConfig(path=str(tmp_path))])
-    with pytest.raises(UserError, match=r"no training document in the whole epoch \(1 were unreadable\)"):
+    with pytest.raises(UserError, match=r"no training document in the whole epoch \(1 were unreadable"):
         next(feed(manifest=manifest, threshold=0).batches())
+
+
+def test_a_source_whose_documents_are_all_held_out_is_named(tmp_path, feed):
+    (tmp_path / "one.jsonl").write_text('{"text": "the only one"}\n')
+    (tmp_path / "many.jsonl").write_text("".join(f'{{"text": "number {i}"}}\n' for i in range(50)))
+    listed = [SourceConfig(path=str(tmp_path / name), weight=1) for name in ("many.jsonl", "one.jsonl")]
+    held_out = document_hash("the only one") + 1
+    with pytest.raises(UserError, match=r"held out by data.val_fraction\) of \S+one\.jsonl"):
+        next(feed(manifest=sources.resolve(listed), threshold=held_out).batches())
 
 
 def test_documents_the_tokenizer_refuses_are_left_out(feed, encoder, documents, threshold, tok):

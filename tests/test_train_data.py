@@ -152,9 +152,13 @@ def test_shards_and_text_may_take_each_other_s_place(quick, tmp_path: Path, text
 
 
 def test_the_cache_changes_nothing(quick, tmp_path: Path) -> None:
-    assert quick("plain", "train.steps=3") == 0
+    """Filled while the text comes round, then read."""
+    lines = (json.dumps({"text": emma()[start : start + 80]}) + "\n" for start in range(0, 4000, 80))
+    (tmp_path / "short.jsonl").write_text("".join(lines), encoding="utf-8")
+    settings = ("train.steps=3", f"data.sources={tmp_path / 'short.jsonl'}")
+    assert quick("plain", *settings) == 0
     for name in ("first", "second"):
-        assert quick(name, f"data.cache={tmp_path / 'cache'}", "train.steps=3") == 0
+        assert quick(name, f"data.cache={tmp_path / 'cache'}", *settings) == 0
         assert learned(tmp_path / name) == learned(tmp_path / "plain")
     (folder,) = (tmp_path / "cache").iterdir()
     assert (folder / "unit-00000000.safetensors").is_file()
