@@ -327,7 +327,9 @@ class OptimConfig(Section):
     weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay of matrices")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first-moment decay")
     beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW's second-moment decay")
-    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
+    eps: float = Field(  # a gradient whose square is 0 in fp32, the first at 1e-23, still moves little by it
+        default=1e-8, ge=1e-20, description="AdamW's epsilon"
+    )
     momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's Nesterov momentum")
     momentum_dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="what Muon's momentum is stored in: bf16 takes half the memory"

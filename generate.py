@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import environment
 from config import DTYPE_NAMES, UserError
 from options import Parser
-from text import TextStream, prompt_ids, report, safe_text, silence
+from text import TextStream, prompt_ids, report, safe_text, say, silence
 
 if TYPE_CHECKING:
     import torch
@@ -299,7 +299,7 @@ def find_folder(name: str) -> Path:
         import hub
 
         if not path.exists() and not path.parent.exists() and hub.PLACE.fullmatch(name.partition("@")[0]):
-            print(f"no folder {name}: the model of that name on the Hugging Face Hub", file=sys.stderr)
+            say(f"no folder {name}: the model of that name on the Hugging Face Hub", out=sys.stderr)
             return hub.download_model(name)
         return checkpoint.find(path)
     except OSError as error:
@@ -351,7 +351,7 @@ def run(given: argparse.Namespace) -> None:
             text = safe_text(texts[i]) + streams[i].feed(*row, end=True)
             write(f"--- prompt {prompt + 1}, sample {sample + 1}\n{text}\n")
     total = sum(map(len, rows))
-    print(f"{total} tokens in {seconds:.1f} s, {total / max(seconds, 1e-9):.0f} tokens/s", file=sys.stderr)
+    say(f"{total} tokens in {seconds:.1f} s, {total / max(seconds, 1e-9):.0f} tokens/s", out=sys.stderr)
 
 
 def write(text: str) -> None:

@@ -97,10 +97,10 @@ def rotate(x: Tensor, rope_BTR: Tensor) -> Tensor:
     """Turn the pairs of x, (B, T, R) or (B, T, H, R), by the angles of `RotaryEmbedding`."""
     if x.dim() == 4:
         rope_BTR = rope_BTR.unsqueeze(2)
-    # Always a copy: pairs of a slice that starts at an odd offset cannot be viewed as complex numbers.
+    # A slice that starts at an odd offset has no view as complex numbers: x is copied, `narrow` copies its gradient.
     x_float = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     pairs = torch.view_as_complex(x_float.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope_BTR).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * rope_BTR).flatten(-2).narrow(-1, 0, x.shape[-1]).to(x.dtype)
 
 
 class LatentCache:

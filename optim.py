@@ -232,8 +232,8 @@ def lr_at(step: int, steps: int, config: OptimConfig) -> float:
         done = (step - warmup) / max(1, steps - 1 - warmup)
         fall = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     else:
-        decay = max(1, round(config.decay * steps))
-        fall = min(1.0, (steps - 1 - step) / decay) if config.decay > 0 else 1.0
+        decay = min(round(config.decay * steps), steps - 1)  # a run starts at the peak, if it is one step
+        fall = min(1.0, (steps - 1 - step) / decay) if decay else 1.0
     return config.lr * (config.min_lr + (1 - config.min_lr) * fall)
 
 

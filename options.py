@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from yaml.composer import ComposerError
 
 MAX_FILE_BYTES = 65536  # PyYAML reads about 100 kB a second, and a mistake has to be answered within two
 
-MAX_INT = 10**15  # of whole numbers without a limit of their own: what follows from one has to fit 64 bits
+# Of numbers without a limit of their own: what follows from a whole one has to fit 64 bits, from another one fp32.
+MOST = {"int": 10**15, "float": 1e30}
 
 
 class UserError(Exception):
@@ -350,9 +352,9 @@ class Reader(Generic[Root]):
         try:
             value = _SCALARS[tag][2](node.value)
             field = self.schema.keys.get(_general(key))
-            if tag == "int" and field is not None and abs(value) > MAX_INT and not _limited(field):
+            if field is not None and tag in MOST and MOST[tag] < abs(value) < math.inf and not _limited(field):
                 raise UserError(
-                    f"{spot}: {plain(key)} = {shown(value)} must be {self.schema.allowed(key)}, and at most {MAX_INT}"
+                    f"{spot}: {plain(key)} = {shown(value)} must be {self.schema.allowed(key)}, and at most {MOST[tag]}"
                 )
             return value
         except KeyError:

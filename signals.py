@@ -6,15 +6,27 @@ import _thread
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import TracebackType
 
 PATIENCE_SEC = 2.0  # what is waited for may be on its way, and is not to be torn off in the middle
 ECHO_SEC = 1.0  # torchrun and timeout pass on a signal that Slurm, systemd or they themselves have sent to all
 
 
 ASKS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))  # Windows
+
+
+def quiet() -> None:
+    """From here on Ctrl-C prints no traceback where nobody catches it, say while torch is imported."""
+    sys.excepthook = _tell
+
+
+def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
 
 
 class Stopped(Exception):

@@ -301,7 +301,11 @@ def plain_text(file: Path, suffix: str, digest: str, cache: str | None) -> Path:
     target = folder / f"{digest}{suffix}"
     if target.is_file():
         return target.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        where = f"{folder} cannot be made ({error.strerror})"
+        raise UserError(f"data.sources: {file}: no place for its text, {where}; see data.cache") from None
     shards.sweep(folder)
     mine = f"tmp-{os.getpid()}-{secrets.token_hex(4)}"  # machines that share the folder may have the same numbers
     unpacked, lines = (folder / f"{digest}.{kind}.{mine}" for kind in ("unpacked", "lines"))

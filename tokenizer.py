@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
 MIN_BPE_VOCAB = 257  # every byte and END_OF_TEXT: whatever the text, it encodes
-_HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_HUB_NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 _INSTEAD = "a folder (data.tokenizer=DIR) or data.tokenizer=bpe needs no Hub, --config quickstart no network at all"
 
 

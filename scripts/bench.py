@@ -35,6 +35,10 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the modules lie beside this folder
 
+import signals
+
+signals.quiet()
+
 import config as configuration
 import environment
 from config import UserError

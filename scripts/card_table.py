@@ -15,6 +15,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules lie beside this folder
 
+import signals
+
+signals.quiet()
+
 from config_table import END, program
 
 import config as configuration

@@ -19,6 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules lie beside this folder
 
+import signals
+
+signals.quiet()
+
 import checkpoint
 from checkpoint import CheckpointError
 from config import UserError
@@ -48,7 +52,10 @@ def size(path: Path) -> int:
 
 def listing(root: Path) -> int:
     """A line per checkpoint: step, size, tokens, age; what its name says where it is none."""
-    for path in entries(root):
+    found = entries(root)
+    if not found:
+        raise UserError(f"{root}: no checkpoint here; give a run (runs/NAME) or its checkpoints folder")
+    for path in found:
         told = f"{path.name}  {size(path) / 2**20:10.1f} MiB"
         kind = path.name[14:].partition("-")[0]
         if kind:

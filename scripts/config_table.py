@@ -7,7 +7,6 @@ Every number is counted on a model without storage (device `meta`); every purpos
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,15 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules lie beside this folder
 
+import signals
+
+signals.quiet()
+
 import config
 from counts import count_parameters, flops_per_token
 from model import meta_model
+from options import Parser
+from text import report
 
 README = config.CONFIGS / "README.md"
 BEGIN, END = "<!-- table: python scripts/config_table.py --write -->", "<!-- end of table -->"
@@ -78,23 +83,22 @@ def replaced(text: str, begin: str, table: str) -> str:
     before, found, rest = text.partition(begin)
     _, end, after = rest.partition(END)
     if not found or not end:
-        raise config.UserError(f"the line {begin if not found else END} is missing")
+        raise config.UserError(f"the line {begin if not found else END} is missing in README.md")
     return before + table + after
 
 
 def program(name: str, readme: Path, begin: str, table: Callable[[], str], arguments: list[str] | None) -> int:
     """Print a table, or with --write put it into its file."""
-    parser = argparse.ArgumentParser(prog=name, description=f"The table that {readme.name} has under {begin}")
+    parser = Parser(prog=name, description=f"The table that {readme.name} has under {begin}")
     parser.add_argument("--write", action="store_true", help="write it there in place of printing it")
-    write, now = parser.parse_args(arguments).write, table()
-    if not write:
-        print(now)
-        return 0
     try:
+        write, now = parser.parse_args(arguments).write, table()
+        if not write:
+            print(now)
+            return 0
         text = replaced(readme.read_text(encoding="utf-8"), begin, now)
     except config.UserError as error:
-        print(f"error: {readme.name}: {error}", file=sys.stderr)
-        return 2
+        return report(error)
     readme.write_text(text, encoding="utf-8", newline="\n")
     return 0
 

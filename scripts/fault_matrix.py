@@ -32,6 +32,10 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules lie beside this folder
 
+import signals
+
+signals.quiet()
+
 import torch
 from duels import hardware, table, versions
 

@@ -30,6 +30,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules lie beside this folder
 
+import signals
+
+signals.quiet()
+
 import config as configuration
 import environment
 import shards

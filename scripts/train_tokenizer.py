@@ -17,6 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules lie beside this folder
 
+import signals
+
+signals.quiet()
+
 import config as configuration
 import data
 import environment

@@ -67,6 +67,7 @@ def test_prune(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["list", "nowhere"], "no such directory"),
         (["prune", ".", "--keep", "1"], "--keep 1: at least 2 stay"),
         (["verify", "tests"], "no checkpoint here"),
+        (["list", "tests"], "no checkpoint here"),
         (["lst", "."], "lst"),
     ],
 )

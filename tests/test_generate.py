@@ -370,6 +370,19 @@ def test_cli_output_that_cannot_be_written(
     assert code == 2 and err == "error: standard output cannot be written: No space left on device\n"
 
 
+class FullDisk(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_cli_a_speed_that_cannot_be_told_is_no_failure(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", FullDisk())
+    code, out, _ = main(capfd, "--checkpoint", run_dir, "--prompt", "ab", "--max-new-tokens", 2)
+    assert code == 0 and out.startswith("ab")
+
+
 def test_cli_fills_the_context_unless_told(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, _, err = main(capfd, "--checkpoint", run_dir, "--prompt", "x" * 60, "--top-k", 0)
     assert code == 0 and int(err.split()[0]) <= 4

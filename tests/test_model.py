@@ -489,6 +489,14 @@ def test_zero_weights_keep_every_parameter_in_the_graph() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_one_token_of_one_head_at_an_odd_offset_has_gradients() -> None:
+    """There the gradient of the rotated half is a slice that `contiguous` does not copy."""
+    cfg = tiny(num_attention_heads=1, qk_nope_head_dim=5)
+    model = build(cfg)
+    losses_of(model, tokens_for(cfg, 1, 1), tokens_for(cfg, 1, 2)).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_bf16_follows_fp32() -> None:
     cfg = tiny(initializer_range=0.05)
     tokens = tokens_for(cfg)

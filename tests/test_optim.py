@@ -174,7 +174,14 @@ def test_schedules() -> None:
     values = [lr_at(step, 100, cosine) for step in range(100)]
     assert values[10] == 1.0 and values[99] == pytest.approx(0.1) and values == sorted(values[:10]) + values[10:]
     assert all(a >= b for a, b in itertools.pairwise(values[10:]))
-    assert lr_at(0, 1, cosine) == 1.0 and lr_at(0, 1, wsd.model_copy(update={"warmup": 0.0})) > 0
+    assert lr_at(0, 1, cosine) == 1.0
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+def test_without_warmup_a_run_starts_at_the_peak_even_if_it_is_one_step(schedule: str, decay: float) -> None:
+    config = OptimConfig(lr=0.5, warmup=0.0, decay=decay, min_lr=0.0, schedule=schedule)  # type: ignore[arg-type]
+    assert [lr_at(0, steps, config) for steps in (1, 2, 7)] == [0.5] * 3
 
 
 def test_router_bias_moves_once_towards_the_mean() -> None:

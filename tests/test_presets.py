@@ -104,3 +104,8 @@ def test_the_table_is_printed_and_written(
     copy.write_text("no table", encoding="utf-8")
     assert config_table.main(["--write"]) == 2
     assert "is missing" in capsys.readouterr().err and copy.read_text(encoding="utf-8") == "no table"
+
+
+def test_a_mistake_on_the_tables_command_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert config_table.main(["--wrote"]) == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --wrote; did you mean --write?\n"

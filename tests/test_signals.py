@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +95,22 @@ with StopFlag() as stop:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "goes on True\n")
+
+
+@pytest.mark.parametrize(("raised", "told"), [("KeyboardInterrupt", ""), ("OSError('broken')", "OSError: broken")])
+def test_ctrl_c_is_no_error_with_a_traceback(raised: str, told: str) -> None:
+    code = f"import signals; signals.quiet(); raise {raised}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.rpartition("\n")[0].rpartition("\n")[2] == told
+    assert done.returncode == (1 if told else -signal.SIGINT)  # which shells call 130
+
+
+SCRIPTS = sorted(Path(signals.__file__).parent.glob("scripts/*.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_quiet_before_they_import_anything_large(path: Path) -> None:
+    code = path.read_text(encoding="utf-8")
+    assert '"__main__"' not in code or re.search(
+        r"\nsys\.path\.insert\(.*\n\nimport signals\n\nsignals\.quiet\(\)\n", code
+    )

@@ -214,6 +214,12 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert sorted(file.suffix for file in folder.iterdir()) == [".tmp-2", ".txt"]
 
 
+def test_a_cache_that_cannot_be_made_is_told_with_what_to_do(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text"))
+    with pytest.raises(UserError, match=r"a.txt.gz: no place for its text, .* cannot be made \(.*\); see data.cache"):
+        sources.resolve([SourceConfig(path=str(tmp_path / "a.txt.gz"))], str(tmp_path / "a.txt.gz"))
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_quota_is_a_full_disk(tmp_path):
     with pytest.raises(UserError, match=r"a.txt.gz: too little space for its text in .*; see data.cache"):

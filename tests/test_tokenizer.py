@@ -353,8 +353,12 @@ def test_a_folder_without_a_usable_tokenizer(tok, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="no end-of-text token"):
         tokenizer.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["runs/of/nothing", "./nothere", "../nothere", "/nothere", "~/nothere", "nothere/.."])
+def test_a_path_is_no_name_on_the_hub(name):
     with pytest.raises(UserError, match="no such folder"):
-        tokenizer.load("runs/of/nothing")
+        tokenizer.load(name)
 
 
 @pytest.mark.parametrize("setting", [{"ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": True}], ids=str)
