@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import signals
 from config import UserError
 from text import clean, keep_secret
 
@@ -124,7 +125,7 @@ def _guard_outputs() -> None:
     if form is not _warning:
         _formed_by.append(form)
         warnings.formatwarning = _warning
-    if sys.excepthook is sys.__excepthook__:
+    if sys.excepthook in (sys.__excepthook__, signals.uncaught):
         sys.excepthook = _uncaught
     if threading.excepthook is threading.__excepthook__:
         threading.excepthook = lambda found: _uncaught(found.exc_type, found.exc_value, found.exc_traceback)
@@ -151,6 +152,6 @@ def _warning(*args: Any, **kwargs: Any) -> str:
 
 
 def _uncaught(kind: Any, error: Any, trace: Any) -> None:
-    if sys.stderr is not None:
+    if sys.stderr is not None and not issubclass(kind, KeyboardInterrupt):  # as `signals.uncaught`
         sys.stderr.write(clean("".join(traceback.format_exception(kind, error, trace))))
         sys.stderr.flush()

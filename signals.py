@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 PATIENCE_SEC = 2.0  # what is waited for may be on its way, and is not to be torn off in the middle
-ECHO_SEC = 1.0  # torchrun and timeout pass on a signal that Slurm, systemd or they themselves have sent to all
+ECHO_SEC = 1.0  # torchrun passes on a signal that its processes have had as well
 
 
 ASKS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))  # Windows
@@ -21,10 +21,11 @@ ASKS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") 
 
 def quiet() -> None:
     """From here on Ctrl-C prints no traceback where nobody catches it, say while torch is imported."""
-    sys.excepthook = _tell
+    sys.excepthook = uncaught
 
 
-def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """`environment.prepare` puts one in its place that also hides secrets."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
 

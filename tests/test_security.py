@@ -128,7 +128,8 @@ deeper(said)
 """
 
 
-def test_no_sink_tells_a_secret(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", ["", "import signals; signals.quiet()"], ids=["as it is", "after quiet"])
+def test_no_sink_tells_a_secret(tmp_path: Path, before: str) -> None:
     """Records of logging, warnings, tracebacks of threads and the program, messages, what a tracker writes."""
     from environment import SECRETS
 
@@ -138,7 +139,7 @@ def test_no_sink_tells_a_secret(tmp_path: Path) -> None:
     (tmp_path / ".env").chmod(0o600)
     environment = {key: value for key, value in os.environ.items() if key not in SECRETS}
     environment |= {"PYTHONPATH": str(ROOT), SECRETS[0]: values[0]}
-    done = subprocess.run([sys.executable, "-c", SINKS], cwd=tmp_path, env=environment, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", before + SINKS], cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 1 and b"RuntimeError: said: [hidden]" in done.stderr, done.stderr.decode()
     (tmp_path / ".env").unlink()
     assert_hidden(tmp_path, done, [*values, "pa55word"], at_least=12)

@@ -65,7 +65,7 @@ with StopFlag() as stop:
 
 
 def test_an_echo_of_the_first_one_is_none() -> None:
-    """`timeout` sends SIGTERM to its child and to the group; torchrun passes on what Slurm has sent to all."""
+    """torchrun passes on a SIGTERM that its processes have had as well."""
     code = """
 import signal, time, signals
 signals.ECHO_SEC = 0.2
@@ -98,8 +98,9 @@ with StopFlag() as stop:
 
 
 @pytest.mark.parametrize(("raised", "told"), [("KeyboardInterrupt", ""), ("OSError('broken')", "OSError: broken")])
-def test_ctrl_c_is_no_error_with_a_traceback(raised: str, told: str) -> None:
-    code = f"import signals; signals.quiet(); raise {raised}"
+@pytest.mark.parametrize("then", ["", "import environment; environment.prepare(); "])
+def test_ctrl_c_is_no_error_with_a_traceback(raised: str, told: str, then: str) -> None:
+    code = f"import signals; signals.quiet(); {then}raise {raised}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.rpartition("\n")[0].rpartition("\n")[2] == told
     assert done.returncode == (1 if told else -signal.SIGINT)  # which shells call 130
