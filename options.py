@@ -193,13 +193,12 @@ class Schema(Generic[Root]):
             if least <= best and (not dot or "." in key):
                 costs[key] = min(_edits(typed, key), aside + _edits(leaf, name))
                 best = min(best, costs[key])
-        near = [key for key in costs if costs[key] == best][:4]
         own = [key for key in self.keys if dot and key.rpartition(".")[0] == parent]
-        by_words = [key for key in own if _abbreviates(leaf, key.rpartition(".")[2])][:4]
-        if best < 2 or (best <= 2 + len(leaf) // 4 and not by_words):
-            return near
-        if by_words:
-            return by_words
+        by_words = [key for key in own if _abbreviates(leaf, key.rpartition(".")[2])]
+        if by_words and best >= 2:
+            return by_words[:4]
+        if best <= 2 + len(leaf) // 4:
+            return [key for key in costs if costs[key] == best][:4]
         return difflib.get_close_matches(typed, own, 1, 0.75)
 
     def unknown(self, key: str, value: str, where: str) -> UserError:
