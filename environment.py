@@ -31,7 +31,7 @@ def tokenise_alone() -> None:
 
 
 def prepare() -> None:
-    """Before torch and Hugging Face libraries are imported: `.env`, secrets out of sight, GPU and C allocators."""
+    """Before torch and Hugging Face libraries are imported: `.env`, secrets out of sight, the GPU's allocator."""
     _open_missing()
     _read_dotenv()
     keep_secret(*(os.environ.get(name) for name in SECRETS))
@@ -41,10 +41,13 @@ def prepare() -> None:
     old, new = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"  # the new name works from torch 2.11 on
     if old not in os.environ and new not in os.environ:
         os.environ[new if release >= (2, 11) else old] = "expandable_segments:True"
+
+
+def keep_freed_memory() -> None:
+    """The C library keeps what is freed, however large, for the next step, which else meets fresh pages."""
     if sys.platform == "linux":
-        # Keep freed activations for the next step.
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 

@@ -31,7 +31,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nats_N = torch.empty(len(target_N), dtype=torch.float32, device=hidden_ND.device)
         correct_N = torch.empty(len(target_N), dtype=torch.bool, device=hidden_ND.device)
         grad_hidden_ND = torch.empty_like(hidden_ND) if with_grad else None
-        grad_head_WD = torch.zeros_like(head_WD, dtype=torch.float32) if with_grad else None
+        grad_head_WD = torch.empty_like(head_WD, dtype=torch.float32) if with_grad else None
         # One buffer for all chunks. Without gradients a tile's logits are needed once.
         kept = hidden_ND.new_empty(min(rows, len(hidden_ND)) * (len(head) if with_grad else width))
         exp = None  # in place: nobody needs the logits again
@@ -56,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden_ND is None or grad_head_WD is None:
                 continue
             row_weight_C = (weight_N[part] * seen_C).float()
-            parts_CD: list[Tensor] = []
+            grad_hidden_CD = torch.zeros_like(hidden_CD, dtype=torch.float32)
             for tile, largest_C in zip(tiles, largest, strict=True):
                 if exp is not None:  # the buffer holds the last tile's
                     exp_CU = tile.logits_in(exp).sub_(largest_C[:, None]).exp_() if len(tiles) > 1 else exp_CU
@@ -65,23 +65,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 exp_CU.mul_((row_weight_C * (largest_C - log_z_C).exp())[:, None])
                 exp_CU.scatter_add_(1, tile.place_C1, -(row_weight_C * tile.inside_C)[:, None])
                 grad_CU = exp_CU.to(hidden_ND.dtype)
-                parts_CD.append(grad_CU @ head[tile.words])
+                grad_hidden_CD += grad_CU @ head[tile.words]
+                grad_head_UD = grad_head_WD[tile.words]  # holds nothing before the first chunk
                 if grad_CU.dtype == torch.float32:
-                    grad_head_WD[tile.words].addmm_(grad_CU.mT, hidden_CD)
+                    grad_head_UD.addmm_(grad_CU.mT, hidden_CD, beta=int(start > 0))
+                elif start > 0:
+                    grad_head_UD.add_(grad_CU.mT @ hidden_CD)
                 else:
-                    grad_head_WD[tile.words] += grad_CU.mT @ hidden_CD
-            grad_hidden_ND[part] = torch.stack(parts_CD).sum(0, dtype=torch.float32)
+                    grad_head_UD.copy_(grad_CU.mT @ hidden_CD)
+            grad_hidden_ND[part] = grad_hidden_CD
         if grad_hidden_ND is not None and grad_head_WD is not None:
-            ctx.save_for_backward(grad_hidden_ND, grad_head_WD.to(head_WD.dtype))
+            ctx.grads = grad_hidden_ND, grad_head_WD.to(head_WD.dtype)
         ctx.mark_non_differentiable(nats_N, correct_N)
         return (nats_N * weight_N).sum(), nats_N, correct_N
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        grad_hidden_ND, grad_head_WD = ctx.saved_tensors
-        # Out of place: autograd may keep the saved tensors for another backward.
-        grad_hidden_ND = grad_hidden_ND * grads[0].to(grad_hidden_ND.dtype)
-        return grad_hidden_ND, grad_head_WD * grads[0], None, None, None, None, None
+        if ctx.grads is None:
+            raise RuntimeError("the loss gave its gradients away: a second backward needs another forward")
+        # Handed on as they are, not as copies: the head's is large.
+        (grad_hidden_ND, grad_head_WD), ctx.grads = ctx.grads, None
+        if grads[0].device.type != "cpu" or grads[0] != 1:  # asking would wait for a GPU
+            grad_hidden_ND.mul_(grads[0].to(grad_hidden_ND.dtype))
+            grad_head_WD.mul_(grads[0])
+        return grad_hidden_ND, grad_head_WD, None, None, None, None, None
 
 
 class _Tile(NamedTuple):

@@ -30,6 +30,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+import environment
 from config import UserError
 
 T = TypeVar("T")
@@ -318,7 +319,10 @@ def for_training(mesh: Mesh, timeout_sec: float) -> Mesh:
 
 
 def pick_device(local_rank: int, *, allow_cpu: bool) -> torch.device:
-    """This rank's GPU, or the CPU. Raises UserError where a GPU would go unused for lack of the right torch."""
+    """This rank's GPU, or the CPU, with an allocator set for training.
+
+    Raises UserError where a GPU would go unused for lack of the right torch.
+    """
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"rank {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}")
@@ -332,6 +336,7 @@ def pick_device(local_rank: int, *, allow_cpu: bool) -> torch.device:
             f'pip install --force-reinstall "{TORCH_RANGE}" --index-url https://download.pytorch.org/whl/cu128 '
             "(or go on without the GPU: --allow-cpu)"
         )
+    environment.keep_freed_memory()
     return torch.device("cpu")
 
 
