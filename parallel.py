@@ -145,6 +145,8 @@ def processes(*, allow_cpu: bool) -> Iterator[Mesh]:
     """Join the process group torchrun describes, if any, and leave it at the end."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(int(os.environ.get("LOCAL_RANK", 0)), allow_cpu=allow_cpu)
+    if device.type == "cpu":
+        environment.keep_freed_memory()
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, _, _ = next(rendezvous("env://", rank, world_size, timeout=START_TIMEOUT))
@@ -319,10 +321,7 @@ def for_training(mesh: Mesh, timeout_sec: float) -> Mesh:
 
 
 def pick_device(local_rank: int, *, allow_cpu: bool) -> torch.device:
-    """This rank's GPU, or the CPU, with an allocator set for training.
-
-    Raises UserError where a GPU would go unused for lack of the right torch.
-    """
+    """This rank's GPU, or the CPU. Raises UserError where a GPU would go unused for lack of the right torch."""
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"rank {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}")
@@ -336,7 +335,6 @@ def pick_device(local_rank: int, *, allow_cpu: bool) -> torch.device:
             f'pip install --force-reinstall "{TORCH_RANGE}" --index-url https://download.pytorch.org/whl/cu128 '
             "(or go on without the GPU: --allow-cpu)"
         )
-    environment.keep_freed_memory()
     return torch.device("cpu")
 
 
