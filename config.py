@@ -285,7 +285,10 @@ class TrainConfig(Section):
         default="auto", description="arithmetic of the matrix products"
     )
     seed: int = Field(default=1337, ge=0, lt=2**63, description="seed of the weights and of the data order")
-    init_from: str | None = Field(default=None, description="checkpoint or model directory to take the weights from")
+    init_from: str | None = Field(
+        default=None,
+        description="checkpoint or model directory to take the weights from, as far as it has as many MTP layers",
+    )
     recompute: Recompute = Field(
         default="none",
         description="activations to compute again in backward, for less memory: SwiGLUs and experts, or all of a block",
@@ -346,6 +349,8 @@ class OptimConfig(Section):
     def _consistent(self) -> OptimConfig:
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise ValueError(f"optim.warmup = {self.warmup} and optim.decay = {self.decay} must sum to at most 1")
+        if self.lr * self.weight_decay >= 1:  # a step would leave nothing of a matrix, or turn it around
+            raise ValueError(f"optim.lr = {self.lr} times optim.weight_decay = {self.weight_decay} must be below 1")
         return self
 
 

@@ -19,6 +19,11 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import signals
+
+if __name__ == "__main__":  # Ctrl-C comes before what takes time to import
+    signals.quiet()
+
 import environment
 from config import DTYPE_NAMES, UserError
 from options import Parser

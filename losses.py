@@ -20,8 +20,8 @@ WORDS = 64  # of a tile, a multiple: rows of products start at cache lines
 class _LinearCrossEntropy(torch.autograd.Function):
     """Computes gradients in the forward pass, so that the (N, W) logits never exist (as Liger does).
 
-    A chunk of C rows meets the vocabulary in tiles of U words: first for the logits and their log-sum-exp, then, from
-    what was kept of them (in fp32 their exponentials, else themselves), for the gradients.
+    A chunk of C rows meets the vocabulary in tiles of U words: first for the logits, of which the exponentials are kept,
+    and their log-sum-exp, then for the gradients.
     """
 
     @staticmethod
@@ -32,11 +32,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         correct_N = torch.empty(len(target_N), dtype=torch.bool, device=hidden_ND.device)
         grad_hidden_ND = torch.empty_like(hidden_ND) if with_grad else None
         grad_head_WD = torch.empty_like(head_WD, dtype=torch.float32) if with_grad else None
-        # One buffer for all chunks. Without gradients a tile's logits are needed once.
-        kept = hidden_ND.new_empty(min(rows, len(hidden_ND)) * (len(head) if with_grad else width))
-        exp = None  # in place: nobody needs the logits again
-        if head.dtype != torch.float32:
-            exp = hidden_ND.new_empty(min(rows, len(hidden_ND)) * width, dtype=torch.float32)
+        # One buffer for all chunks. Without gradients a tile is needed once. A product's result has its operands' dtype.
+        most, kept_words = min(rows, len(hidden_ND)), len(head) if with_grad else width
+        kept = hidden_ND.new_empty(most * kept_words, dtype=torch.float32)
+        product = None if head.dtype == torch.float32 else hidden_ND.new_empty(most * width)
         for start in range(0, len(target_N), rows):
             part = slice(start, start + rows)
             hidden_CD, seen_C = hidden_ND[part], target_N[part] != IGNORE
@@ -44,12 +43,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             tiles = [_Tile.of(word, target_C, kept, word.start if with_grad else 0) for word in words]
             log_z, largest, wanted_C = [], [], torch.zeros_like(target_C, dtype=torch.float32)
             for tile in tiles:
-                torch.mm(hidden_CD, head[tile.words].mT, out=tile.logits_CU)
-                logit_C = tile.logits_CU.gather(1, tile.place_C1).squeeze(1).float()
+                logits_CU = tile.exp_CU
+                if product is not None:
+                    logits_CU = product[: logits_CU.numel()].view_as(logits_CU)
+                torch.mm(hidden_CD, head[tile.words].mT, out=logits_CU)
+                logit_C = logits_CU.gather(1, tile.place_C1).squeeze(1).float()
                 wanted_C = torch.where(tile.inside_C, logit_C, wanted_C)
-                largest.append(tile.logits_CU.amax(-1).float())
-                exp_CU = tile.logits_in(exp).sub_(largest[-1][:, None]).exp_()
-                log_z.append(largest[-1] + exp_CU.sum(-1).log())
+                largest.append(logits_CU.amax(-1).float())
+                tile.exp_CU.copy_(logits_CU).sub_(largest[-1][:, None]).exp_()
+                log_z.append(largest[-1] + tile.exp_CU.sum(-1).log())
             log_z_C = torch.stack(log_z).logsumexp(0)
             nats_N[part] = (log_z_C - wanted_C) * seen_C
             correct_N[part] = (wanted_C >= torch.stack(largest).amax(0)) & seen_C
@@ -58,13 +60,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             row_weight_C = (weight_N[part] * seen_C).float()
             grad_hidden_CD = torch.zeros_like(hidden_CD, dtype=torch.float32)
             for tile, largest_C in zip(tiles, largest, strict=True):
-                if exp is not None:  # the buffer holds the last tile's
-                    exp_CU = tile.logits_in(exp).sub_(largest_C[:, None]).exp_() if len(tiles) > 1 else exp_CU
-                else:
-                    exp_CU = tile.logits_CU
-                exp_CU.mul_((row_weight_C * (largest_C - log_z_C).exp())[:, None])
-                exp_CU.scatter_add_(1, tile.place_C1, -(row_weight_C * tile.inside_C)[:, None])
-                grad_CU = exp_CU.to(hidden_ND.dtype)
+                grad_CU = tile.exp_CU.mul_((row_weight_C * (largest_C - log_z_C).exp())[:, None])
+                grad_CU.scatter_add_(1, tile.place_C1, -(row_weight_C * tile.inside_C)[:, None])
+                grad_CU = grad_CU.to(hidden_ND.dtype)
                 grad_hidden_CD += grad_CU @ head[tile.words]
                 grad_head_UD = grad_head_WD[tile.words]  # holds nothing before the first chunk
                 if grad_CU.dtype == torch.float32:
@@ -95,24 +93,18 @@ class _Tile(NamedTuple):
     """Some rows' logits for some words; where the targets are among these, and which rows have theirs there."""
 
     words: slice
-    logits_CU: Tensor
+    exp_CU: Tensor  # exp(logit - the row's largest), fp32
     place_C1: Tensor
     inside_C: Tensor
 
     @classmethod
     def of(cls, words: slice, target_C: Tensor, kept: Tensor, start: int) -> _Tile:
-        """The logits lie in `kept` behind those of `start` words."""
+        """The exponentials lie in `kept` behind those of `start` words."""
         rows, width = len(target_C), words.stop - words.start
-        logits_CU = kept[rows * start : rows * (start + width)].view(rows, width)
+        exp_CU = kept[rows * start : rows * (start + width)].view(rows, width)
         place_C = target_C - words.start
         inside_C = (place_C >= 0) & (place_C < width)
-        return cls(words, logits_CU, torch.where(inside_C, place_C, 0)[:, None], inside_C)
-
-    def logits_in(self, buffer: Tensor | None) -> Tensor:
-        """The logits, copied into `buffer` if there is one."""
-        if buffer is None:
-            return self.logits_CU
-        return buffer[: self.logits_CU.numel()].view_as(self.logits_CU).copy_(self.logits_CU)
+        return cls(words, exp_CU, torch.where(inside_C, place_C, 0)[:, None], inside_C)
 
 
 def loss_paths(device: torch.device) -> list[str]:

@@ -19,6 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import signals
+
+if __name__ == "__main__":  # Ctrl-C comes before what takes time to import
+    signals.quiet()
+
 import config as configuration
 import environment
 from config import Config, UserError

@@ -97,6 +97,7 @@ MISTAKES = {
     "model.topk_group=2": "must be at most model.n_group = 1",
     "model.num_experts_per_tok=65": "must be at most 64, the experts of model.topk_group = 1 groups",
     "model.first_k_dense_replace=13": "must be at most model.num_hidden_layers = 12",
+    "optim.weight_decay=1e30": "optim.lr = 0.002 times optim.weight_decay = 1e+30 must be below 1",
     "optim.warmup=0.9": "and optim.decay = 0.3 must sum to at most 1",
     "model.rope_scaling={factor: 4, beta_fast: 1}": "beta_fast = 1.0 must be above model.rope_scaling.beta_slow = 1",
     # no such key

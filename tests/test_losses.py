@@ -87,6 +87,17 @@ def test_extreme_logits_stay_finite() -> None:
     assert hidden.grad is not None and hidden.grad.isfinite().all()
 
 
+def test_gradients_are_given_away() -> None:
+    """Not copied, scaled in place if at all, and gone then: a second backward is an error, not half a gradient."""
+    hidden, head, target, weight = problem(torch.float32)
+    loss = losses.linear_cross_entropy(hidden, head, target, weight)[0]
+    place = loss.grad_fn.grads[1].data_ptr()  # type: ignore[union-attr]
+    loss.backward(retain_graph=True)
+    assert head.grad is not None and head.grad.data_ptr() == place
+    with pytest.raises(RuntimeError, match="another forward"):
+        loss.backward()
+
+
 def test_no_gradient_is_computed_where_none_is_wanted() -> None:
     hidden, head, target, weight = problem(torch.float32)
     with torch.no_grad():

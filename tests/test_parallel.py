@@ -428,3 +428,20 @@ def test_deterministic_arithmetic_is_torch_s_own(monkeypatch: pytest.MonkeyPatch
         assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library is glibc's")
+def test_a_run_on_a_cpu_keeps_the_memory_it_frees() -> None:
+    """Else each step would meet fresh pages, which the kernel has to find and clear."""
+    code = """
+import resource, torch, parallel
+with parallel.processes(allow_cpu=True):
+    for _ in range(10):  # the first few still meet them
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    root, environment = Path(parallel.__file__).parent, {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2**24 * 4 // 4096 / 10

@@ -106,6 +106,24 @@ def test_ctrl_c_is_no_error_with_a_traceback(raised: str, told: str, then: str) 
     assert done.returncode == (1 if told else -signal.SIGINT)  # which shells call 130
 
 
+@pytest.mark.parametrize("program", ["train.py", "generate.py"])
+def test_ctrl_c_while_a_program_is_imported(program: str) -> None:
+    """pydantic takes a while; here it is as if Ctrl-C came just then."""
+    root = Path(signals.__file__).parent
+    code = f"""
+import runpy, sys
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "pydantic":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupting())
+sys.path.insert(0, {str(root)!r})
+runpy.run_path({str(root / program)!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 SCRIPTS = sorted(Path(signals.__file__).parent.glob("scripts/*.py"))
 
 
