@@ -20,8 +20,8 @@ WORDS = 64  # of a tile, a multiple: rows of products start at cache lines
 class _LinearCrossEntropy(torch.autograd.Function):
     """Computes gradients in the forward pass, so that the (N, W) logits never exist (as Liger does).
 
-    A chunk of C rows meets the vocabulary in tiles of U words: first for the logits, of which the exponentials are kept,
-    and their log-sum-exp, then for the gradients.
+    A chunk of C rows meets the vocabulary in tiles of U words: first for the logits' exponentials, which are kept, and
+    their sum, then for the gradients.
     """
 
     @staticmethod
@@ -32,7 +32,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         correct_N = torch.empty(len(target_N), dtype=torch.bool, device=hidden_ND.device)
         grad_hidden_ND = torch.empty_like(hidden_ND) if with_grad else None
         grad_head_WD = torch.empty_like(head_WD, dtype=torch.float32) if with_grad else None
-        # One buffer for all chunks. Without gradients a tile is needed once. A product's result has its operands' dtype.
+        # One buffer for all chunks. Without gradients a tile is needed once. A product has the dtype of its operands.
         most, kept_words = min(rows, len(hidden_ND)), len(head) if with_grad else width
         kept = hidden_ND.new_empty(most * kept_words, dtype=torch.float32)
         product = None if head.dtype == torch.float32 else hidden_ND.new_empty(most * width)
