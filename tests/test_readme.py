@@ -427,14 +427,16 @@ def test_what_was_survived() -> None:
 
 def measured(suite: str, shape: str, machine: str) -> list[dict]:
     path = ROOT / "benchmarks" / f"{suite}-{shape}-amd-epyc-2-threads-{machine}.json"
+    if not path.exists():
+        return []
     return [row for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if "left_out" not in row]
 
 
 def table_of_figures() -> list[str]:
     """What the README's table has to say, from the files."""
     columns = (
-        ("quickstart", "avx2"), ("55m", "avx2"), ("105m", "avx2"), ("55m", "avx512-with-bf16"),
-        ("105m", "avx512-with-bf16"),
+        ("quickstart", "avx2"), ("55m", "avx2"), ("105m", "avx2"), ("quickstart", "avx512-with-bf16"),
+        ("55m", "avx512-with-bf16"), ("105m", "avx512-with-bf16"),
     )  # fmt: skip
 
     def times(suite: str, column: tuple[str, str]) -> str:
@@ -442,17 +444,19 @@ def table_of_figures() -> list[str]:
         for row in measured(suite, *column):
             who = row["name"].split()[0]
             best[who] = min(best.get(who, math.inf), row["times_first"])
+        if not best:
+            return ""
         return f"{best['transformers'] / (best['ours'] if suite == 'generate' else 1):.2f}"
 
-    def row(title: str, suite: str, *shapes: str) -> str:
-        return f"| {title} | {' | '.join(times(suite, each) if each[0] in shapes else '' for each in columns)} |"
+    def row(title: str, suite: str) -> str:
+        return f"| {title} | {' | '.join(times(suite, each) for each in columns)} |"
 
     return [
-        "| | quickstart, fp32 | 55m, fp32 | 105m, fp32 | 55m, bf16 | 105m, bf16 |",
-        "|---|--:|--:|--:|--:|--:|",
-        row("time of a training step, theirs over ours", "step", "quickstart", "55m"),
-        row("its peak of memory, theirs over ours", "memory", "quickstart", "55m"),
-        row("time of greedy generation, theirs over ours", "generate", "quickstart", "105m"),
+        "| | quickstart, fp32 | 55m, fp32 | 105m, fp32 | quickstart, bf16 | 55m, bf16 | 105m, bf16 |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+        row("time of a training step, theirs over ours", "step"),
+        row("its peak of memory, theirs over ours", "memory"),
+        row("time of greedy generation, theirs over ours", "generate"),
     ]
 
 
