@@ -287,7 +287,7 @@ class TrainConfig(Section):
     seed: int = Field(default=1337, ge=0, lt=2**63, description="seed of the weights and of the data order")
     init_from: str | None = Field(
         default=None,
-        description="checkpoint or model directory to take the weights from, as far as it has as many MTP layers",
+        description="checkpoint or model directory to take the weights from; of MTP layers as many as both have",
     )
     recompute: Recompute = Field(
         default="none",
