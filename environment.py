@@ -47,8 +47,8 @@ def keep_freed_memory() -> None:
     """The C library keeps what is freed, however large, for the next step, which else meets fresh pages."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
 def _open_missing() -> None:
