@@ -95,3 +95,13 @@ def test_memory_that_ran_out_is_told_from_other_failures() -> None:
     full = (host.value, torch.OutOfMemoryError("CUDA out of memory"), MemoryError())
     assert all(environment.out_of_memory(error) for error in full)
     assert not any(environment.out_of_memory(error) for error in (RuntimeError("shape"), KeyError("a"), None))
+
+
+@pytest.mark.parametrize(("real", "kept"), [({}, "64"), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "9"}, "9")])
+def test_few_kernels_are_kept_unless_told_otherwise(real: dict[str, str], kept: str) -> None:
+    code = "import environment, os; environment.prepare(); print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
+    before = {key: value for key, value in os.environ.items() if key != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"} | real
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=before, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == kept
