@@ -41,7 +41,7 @@ def prepare() -> None:
     old, new = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"  # the new name works from torch 2.11 on
     if old not in os.environ and new not in os.environ:
         os.environ[new if release >= (2, 11) else old] = "expandable_segments:True"
-    # A CPU's 16-bit products keep a kernel for each shape, 1024 by default; that of an expert's is new in every step.
+    # oneDNN, a CPU's 16-bit products, keeps a kernel for each shape; experts have other ones in every step.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 

@@ -31,7 +31,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nats_N = torch.empty(len(target_N), dtype=torch.float32, device=hidden_ND.device)
         correct_N = torch.empty(len(target_N), dtype=torch.bool, device=hidden_ND.device)
         grad_hidden_ND = torch.empty_like(hidden_ND) if with_grad else None
-        grad_head_WD = torch.empty_like(head_WD, dtype=torch.float32) if with_grad else None
+        grad_head_WD = torch.zeros_like(head_WD, dtype=torch.float32) if with_grad else None
         # One buffer for all chunks. Without gradients a tile is needed once. A product has the dtype of its operands.
         most, kept_words = min(rows, len(hidden_ND)), len(head) if with_grad else width
         kept = hidden_ND.new_empty(most * kept_words, dtype=torch.float32)
@@ -64,13 +64,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_CU.scatter_add_(1, tile.place_C1, -(row_weight_C * tile.inside_C)[:, None])
                 grad_CU = grad_CU.to(hidden_ND.dtype)
                 grad_hidden_CD += grad_CU @ head[tile.words]
-                grad_head_UD = grad_head_WD[tile.words]  # holds nothing before the first chunk
+                grad_head_UD = grad_head_WD[tile.words]
                 if grad_CU.dtype == torch.float32:
-                    grad_head_UD.addmm_(grad_CU.mT, hidden_CD, beta=int(start > 0))
-                elif start > 0:
-                    grad_head_UD.add_(grad_CU.mT @ hidden_CD)
+                    grad_head_UD.addmm_(grad_CU.mT, hidden_CD)
                 else:
-                    grad_head_UD.copy_(grad_CU.mT @ hidden_CD)
+                    grad_head_UD.add_(grad_CU.mT @ hidden_CD)
             grad_hidden_ND[part] = grad_hidden_CD
         if grad_hidden_ND is not None and grad_head_WD is not None:
             ctx.grads = grad_hidden_ND, grad_head_WD.to(head_WD.dtype)

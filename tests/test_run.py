@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_train import ROOT, hashes, learned, metrics, newest, stop_after, text, tiny  # noqa: F401
 
 import checkpoint
@@ -260,3 +261,20 @@ def test_the_size_of_a_checkpoint(tiny, tmp_path: Path, overrides: tuple[str, ..
     config = configuration.load(str(tmp_path / "tiny.yaml"), list(overrides))
     found = sum(file.stat().st_size for file in newest(tmp_path / "run").glob("[mo]*.safetensors"))
     assert checkpoint_bytes(config, meta_model(config.model)) == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_weights_of_a_model_with_another_number_of_mtp_layers(
+    tiny,  # noqa: F811
+    tmp_path: Path,
+    depth: int,
+) -> None:
+    """What both have is taken; the layers that are new start as they would without."""
+    assert tiny("first", "train.steps=1") == 0
+    keys = [f"train.init_from={tmp_path / 'first'}", f"model.num_nextn_predict_layers={depth}"]
+    assert tiny("other", *keys, "train.steps=1", "optim.lr=1e-9") == 0
+    one, other = (load_file(newest(tmp_path / name) / "model.safetensors") for name in ("first", "other"))
+    common = [name for name in one.keys() & other.keys() if "bias" not in name]
+    assert "lm_head.weight" in common and len(common) < max(len(one), len(other))
+    for name in common:
+        torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0)
